@@ -1,0 +1,271 @@
+"""One config file, `run.toml`: typed sections, a default for every key, errors that name the fix.
+
+The dataclasses below are the reference: their defaults are the defaults, their metadata is the
+text that `meadow init` writes.  The keys of `[strategy]` besides `name` belong to the strategy
+and are checked by `strategies.registry`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import tomllib
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .errors import ConfigError
+
+FORMAT = 1
+"""Version of this file's format; written into every resolved run.toml."""
+
+
+def _key(default: Any, about: str, least: float | None = None) -> Any:
+    metadata = {"about": about, "least": least}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base model and the adapter's shape."""
+
+    base: str = _key("nano", 'the base: "nano" (embedded), a local folder, or a Hugging Face name')
+    dtype: Literal["float32", "bfloat16"] = _key("float32", "the base's precision in memory")
+    quantize: Literal["none", "4bit", "8bit"] = _key("none", "needs the extra `quantized`")
+    device: Literal["auto", "cpu", "cuda"] = _key("auto", "where to train")
+    rank: int = _key(8, "LoRA rank r", 1)
+    alpha: float = _key(16.0, "LoRA alpha; updates are scaled by alpha / rank", 1e-9)
+    targets: list[str] = _key(["all-linear"], "names of the linear layers to adapt")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Participants' text.  Each keeps its own; `source` names it all only in a simulation."""
+
+    source: str = _key(
+        "nano", 'JSON lines (.jsonl, .jsonl.gz), a folder of text, "datasets:NAME", or "nano"'
+    )
+    partition: Literal["natural", "iid", "dirichlet", "quantity"] = _key(
+        "natural", "how rows are dealt to participants: by their own `client`, or artificially"
+    )
+    participants: int = _key(
+        0, "how many, for artificial partitions; for natural: the largest N (0 = all)", 0
+    )
+    dirichlet_alpha: float = _key(
+        0.5, "skew of the dirichlet partition: smaller is less equal", 1e-6
+    )
+    chunk: int = _key(
+        600, "plain text is cut at line ends into rows of about so many characters", 1
+    )
+    max_length: int = _key(256, "longest row in tokens; longer ones are cut and counted", 8)
+    train_rows: int = _key(0, "at most so many training rows a participant (0 = all)", 0)
+    held_out_rows: int = _key(0, "at most so many held-out rows a participant (0 = all)", 0)
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    """The algorithm; `meadow strategies` lists names and options."""
+
+    name: str = _key("fedavg_lora", "`meadow strategies` lists them")
+    options: dict[str, Any] = _key({}, "the strategy's own keys")
+
+
+@dataclass(frozen=True)
+class RoundsConfig:
+    """The schedule "rounds": sample a cohort, wait for a quorum or the deadline, combine."""
+
+    count: int = _key(10, "how many rounds", 1)
+    fraction: float = _key(1.0, "share of participants in a round's cohort", 1e-9)
+    quorum: float = _key(0.5, "least share of the cohort that has to arrive", 0)
+    deadline_seconds: float = _key(3600.0, "how long a round waits for the rest of its cohort", 0)
+    evaluate_every: int = _key(
+        1, "measure held-out losses every so many rounds (the last: always)", 1
+    )
+    seed: int = _key(1, "seed of cohorts, initial factors and batches", 0)
+
+
+@dataclass(frozen=True)
+class ClientsConfig:
+    """Local training and what a client does to its update before sending it."""
+
+    steps: int = _key(10, "optimiser steps (AdamW) a round", 1)
+    batch: int = _key(8, "rows a step", 1)
+    micro_batch: int = _key(0, "rows a forward pass (0 = batch); halved when memory runs out", 0)
+    lr: float = _key(2e-3, "learning rate", 1e-12)
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = _key(
+        "constant", "over all of a client's steps; never restarts at a round"
+    )
+    warmup: int = _key(0, "steps of linear warm-up", 0)
+    floor: float = _key(0.1, "where the schedule ends, as a share of lr", 0)
+    weight_decay: float = _key(0.0, "AdamW's decoupled weight decay", 0)
+    clip: float = _key(1.0, "largest gradient norm (0 = off)", 0)
+    clip_update: float = _key(0.0, "largest norm of what a round changes (0 = off)", 0)
+    wire: Literal["float32", "bfloat16"] = _key("float32", "precision of the tensors that are sent")
+
+
+@dataclass(frozen=True)
+class SimulationConfig:
+    """The local engine."""
+
+    engine: Literal["sequential", "fused"] = _key(
+        "sequential", "fused trains several clients in one forward pass (pays with short batches)"
+    )
+    group: int = _key(8, "clients in one fused pass", 1)
+    threads: int = _key(0, "torch threads (0 = torch's own choice); part of a run's identity", 0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
+    clients: ClientsConfig = field(default_factory=ClientsConfig)
+    simulation: SimulationConfig = field(default_factory=SimulationConfig)
+
+    @property
+    def scaling(self) -> float:
+        return self.model.alpha / self.model.rank
+
+    def digest(self) -> str:
+        """SHA-256 of all settings: a run's folder refuses to continue under another."""
+        canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def replace(self, **sections: Mapping[str, Any]) -> Config:
+        """A copy with some keys of some sections changed: `replace(clients={"lr": 1e-3})`."""
+        changed = {
+            name: dataclasses.replace(getattr(self, name), **keys)
+            for name, keys in sections.items()
+        }
+        return dataclasses.replace(self, **changed)
+
+
+def load(path: Path) -> Config:
+    """Read a run.toml.  Raises ConfigError with the key and the nearest known one."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}", "`meadow init` writes one"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text") from error
+    return parse(text, str(path), path.parent)
+
+
+def parse(text: str, name: str = "run.toml", folder: Path | None = None) -> Config:
+    """The Config that a run.toml's text describes; relative paths are relative to `folder`."""
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{name} is not valid TOML: {error}") from error
+    version = tables.pop("format", FORMAT)
+    if version != FORMAT:
+        raise ConfigError(f"{name} has format {version}; this meadow reads format {FORMAT}")
+    sections = {part.name: part for part in dataclasses.fields(Config)}
+    built = {}
+    for section, keys in tables.items():
+        if section not in sections:
+            raise ConfigError(f"{name}: unknown section [{section}]", _nearest(section, sections))
+        if not isinstance(keys, dict):
+            raise ConfigError(f"{name}: {section} must be a section, [{section}]")
+        built[section] = _section(section, keys, name)
+    return _absolute(Config(**built), folder or Path.cwd())
+
+
+def _section(section: str, keys: dict[str, Any], name: str) -> Any:
+    kind = get_type_hints(Config)[section]
+    if kind is StrategyConfig:
+        options = {key: value for key, value in keys.items() if key != "name"}
+        keys = {"name": keys.get("name", StrategyConfig().name), "options": options}
+    hints = get_type_hints(kind)
+    known = {part.name: part for part in dataclasses.fields(kind)}
+    values = {}
+    for key, value in keys.items():
+        if key not in known:
+            raise ConfigError(f"{name}: unknown key {key} in [{section}]", _nearest(key, known))
+        where = f"{name}: [{section}] {key}"
+        values[key] = checked(value, hints[key], where, known[key].metadata.get("least"))
+    return kind(**values)
+
+
+def checked(value: Any, hint: Any, where: str, least: float | None = None) -> Any:
+    """`value` as the type `hint` (int widens to float), or ConfigError at `where`."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        if value not in get_args(hint):
+            choices = ", ".join(repr(choice) for choice in get_args(hint))
+            raise ConfigError(f"{where} is {value!r}", f"one of {choices}")
+        return value
+    if origin in (Union, types.UnionType):
+        inner = [kind for kind in get_args(hint) if kind is not type(None)]
+        return checked(value, inner[0], where, least)
+    kind = origin or hint
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{where} is {value!r}", f"expected {kind.__name__}")
+    if least is not None and not value >= least:
+        raise ConfigError(f"{where} is {value!r}", f"at least {least:g}")
+    return value
+
+
+def _nearest(word: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.4)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def _absolute(config: Config, folder: Path) -> Config:
+    """Paths in run.toml are relative to it: resolve the ones that exist."""
+    changed: dict[str, dict[str, Any]] = {}
+    for section, key in (("model", "base"), ("data", "source")):
+        value = getattr(getattr(config, section), key)
+        if value != "nano" and (folder / value).exists():
+            changed[section] = {key: str((folder / value).resolve())}
+    return config.replace(**changed)
+
+
+def write(config: Config, about: bool = False) -> str:
+    """The config as TOML; with `about`, each key under the comment that explains it."""
+    lines = [f"format = {FORMAT}"]
+    for part in dataclasses.fields(Config):
+        section = getattr(config, part.name)
+        lines += ["", *([f"# {type(section).__doc__}"] if about else []), f"[{part.name}]"]
+        for key in dataclasses.fields(section):
+            value = getattr(section, key.name)
+            if isinstance(value, dict):
+                lines += [f"{name} = {_toml(option)}" for name, option in value.items()]
+                continue
+            comment = f"  # {key.metadata['about']}" if about else ""
+            lines.append(f"{key.name} = {_toml(value)}{comment}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value) if isinstance(value, str) else repr(value)
+
+
+def options_of(kind: type) -> list[tuple[str, Any, str]]:
+    """(name, default, about) of a dataclass's keys, for help texts."""
+    rows = []
+    for part in dataclasses.fields(kind):
+        default = part.default
+        if default is MISSING and part.default_factory is not MISSING:
+            default = part.default_factory()
+        rows.append((part.name, default, part.metadata.get("about", "")))
+    return rows

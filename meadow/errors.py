@@ -1,0 +1,66 @@
+"""Every error that meadow raises on purpose.
+
+    MeadowError              one clear line; `hint` says what to do
+    ├── ConfigError          run.toml or a command line option
+    ├── DataError            a participant's text
+    ├── ModelError           the base model
+    ├── AdapterError         a LoRA adapter, on disk or about to be written
+    ├── UpdateError          a contribution that cannot be counted
+    ├── FormatError          another format version, or bytes that are not what they say
+    ├── QuorumError          too few contributions in a round
+    ├── JournalError         a run's folder that cannot be continued
+    └── StorageError         the disk is full or not writable
+
+The command line prints `str(error)` and exits with status 2; anything else is a defect and shows
+its traceback.
+"""
+
+from __future__ import annotations
+
+
+class MeadowError(Exception):
+    """A fault that its user can understand and mend."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class ConfigError(MeadowError):
+    """A setting that does not exist, has the wrong type, or contradicts another."""
+
+
+class DataError(MeadowError):
+    """Text that cannot be read or used; names file and line where there is one."""
+
+
+class ModelError(MeadowError):
+    """A base model that cannot be loaded or adapted."""
+
+
+class AdapterError(MeadowError):
+    """An adapter that is malformed, not finite, or made for another base."""
+
+
+class UpdateError(MeadowError):
+    """A contribution that is refused: wrong names or shapes, not finite, bad weight."""
+
+
+class FormatError(MeadowError):
+    """Another format version, or bytes whose sizes contradict each other."""
+
+
+class QuorumError(MeadowError):
+    """Fewer contributions than the quorum before the deadline."""
+
+
+class JournalError(MeadowError):
+    """A run's folder that belongs to another run, or is damaged."""
+
+
+class StorageError(MeadowError):
+    """The disk is full or cannot be written; what was acknowledged is safe."""

@@ -1,0 +1,60 @@
+"""The one event schema: what metrics files, progress displays and dashboards read.
+
+An event is a kind, a round and plain JSON data.  Kinds: run_started, round_opened, contribution,
+refused, round_closed, run_finished, notice.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Event:
+    kind: str
+    round: int = 0
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+Observer = Callable[[Event], None]
+
+
+class EventLog:
+    """Appends each event as one JSON line.  A record for people: a run resumes from its journal,
+    never from here, so lines are not synced one by one and a torn last line does no harm."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            self._file.write("\n")
+
+    def __call__(self, event: Event) -> None:
+        row = {
+            "format": FORMAT,
+            "time": round(time.time(), 3),
+            "kind": event.kind,
+            "round": event.round,
+            **event.data,
+        }
+        self._file.write(json.dumps(row, separators=(",", ":")) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def tee(*observers: Observer) -> Observer:
+    """One observer that tells all of them."""
+
+    def tell(event: Event) -> None:
+        for observer in observers:
+            observer(event)
+
+    return tell

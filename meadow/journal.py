@@ -1,0 +1,364 @@
+"""The coordinator's durable log: what a run has decided and received, so that it can go on.
+
+A run's folder holds `journal.db` (SQLite), `blobs/` (payloads and states under their SHA-256) and
+`journal.lock`.  A round is opened with its cohort, collects contributions and refusals, and is
+closed in one transaction together with the state that follows from it.  Whatever a method has
+returned from survives a power cut, and whatever it has not returned from may be asked for again:
+that is all that "the same command continues" needs.
+
+One process, and in it one thread, uses a journal at a time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import secrets
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from .errors import FormatError, JournalError, UpdateError
+from .store import Blobs, Disk, digest_of, explained
+from .wire import Json, canonical
+
+FORMAT = 1
+_ANEW = "choose another --out, or delete that folder to start anew"
+
+_TABLES = (
+    "CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    "CREATE TABLE notes (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    # state and metrics are NULL while the round is open
+    "CREATE TABLE rounds (number INTEGER PRIMARY KEY, cohort TEXT NOT NULL,"
+    " state TEXT, metrics TEXT)",
+    "CREATE TABLE contributions (round INTEGER, client TEXT, digest TEXT NOT NULL,"
+    " PRIMARY KEY (round, client))",
+    "CREATE TABLE refusals (round INTEGER, client TEXT, reason TEXT NOT NULL,"
+    " PRIMARY KEY (round, client))",
+)
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a run's folder belongs to.
+
+    `environment` is what bit-for-bit equality depends on besides the settings: thread count, CPU
+    capability, version of torch.
+    """
+
+    config_digest: str
+    base_digest: str
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class OpenRound:
+    """A round that was opened and not yet closed."""
+
+    number: int
+    cohort: tuple[str, ...]
+
+
+class Journal:
+    """One run's log.  Made by `Journal.open`; close it, or use it in a `with` statement."""
+
+    run_id: str
+    """Random, made at creation, equal after every restart."""
+    notices: list[str]
+    """What the run's owner should be told."""
+
+    def __init__(self, folder: Path, database: sqlite3.Connection, disk: Disk) -> None:
+        self._folder = folder
+        self._path = folder / "journal.db"
+        self._db = database
+        self._disk = disk
+        self._blobs = Blobs(folder / "blobs", disk)
+        self._resources = ExitStack()
+        self.notices = []
+
+    @classmethod
+    def open(cls, folder: Path, identity: RunIdentity, disk: Disk | None = None) -> Journal:
+        """Create the journal of `folder`, or resume the run that it holds.
+
+        Raises JournalError where the folder is in use, damaged, or holds a run with other
+        settings or another base model; FormatError for another journal format.
+        """
+        disk = disk or Disk()
+        disk.folder(folder)
+        with ExitStack() as resources:
+            resources.enter_context(_locked(folder))
+            database = resources.enter_context(closing(disk.connect(folder / "journal.db")))
+            journal = cls(folder, database, disk)
+            journal._admit(identity)
+            journal._resources = resources.pop_all()
+        return journal
+
+    def close(self) -> None:
+        """Release the folder.  Nothing depends on it: a journal that was not closed is as safe."""
+        self._resources.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # Rounds
+
+    def open_round(self, number: int, cohort: Sequence[str]) -> None:
+        """Open the round after the last closed one, with its clients in fold order."""
+        newest = self._newest()
+        if self.current() is not None or newest is None or number != newest + 1:
+            raise ValueError(f"round {number} cannot be opened after round {newest}")
+        if len(set(cohort)) != len(cohort):
+            raise ValueError(f"round {number} names a client twice: {list(cohort)}")
+        with self._transaction():
+            self._db.execute(
+                "INSERT INTO rounds VALUES (?, ?, NULL, NULL)", (number, canonical(list(cohort)))
+            )
+
+    def current(self) -> OpenRound | None:
+        """The round that is open, if one is."""
+        for number, cohort in self._rows("SELECT number, cohort FROM rounds WHERE state IS NULL"):
+            return OpenRound(number, tuple(self._load(cohort)))
+        return None
+
+    def close_round(self, number: int, state: bytes, metrics: Mapping[str, Json]) -> None:
+        """Store the state that follows from a round, its metrics and its end, all in one.
+
+        Round 0 is never opened: closing it stores the initial state.
+        """
+        opened = self.current()
+        first = number == 0 and self._newest() is None
+        if not first and (opened is None or opened.number != number):
+            raise ValueError(f"round {number} is not open")
+        cohort = canonical(list(opened.cohort) if opened else [])
+        row = (number, cohort, self._blobs.put(state), json.dumps(dict(metrics), sort_keys=True))
+        with self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO rounds VALUES (?, ?, ?, ?)", row)
+
+    def last(self) -> tuple[int, bytes] | None:
+        """Number and state of the last closed round; None before the initial state is stored."""
+        newest = self._newest()
+        if newest is None:
+            return None
+        ((state,),) = self._rows("SELECT state FROM rounds WHERE number = ?", newest)
+        return newest, self._blobs.get(state)
+
+    def metrics(self) -> list[dict[str, Json]]:
+        """`{"round": number, **metrics}` of every closed round, in order, round 0 included.
+
+        Figures come back as they were given, also those that are not finite.
+        """
+        closed = "SELECT number, metrics FROM rounds WHERE state IS NOT NULL ORDER BY number"
+        return [{"round": number, **self._load(text)} for number, text in self._rows(closed)]
+
+    # Contributions
+
+    def receive(self, number: int, client: str, payload: bytes) -> bool:
+        """Store a contribution; True if it is new, False if these bytes were there already.
+
+        The first one counts.  Raises UpdateError, naming the client, for other bytes than
+        before, for a round that is not open, and for a client that is not asked or was refused.
+        """
+        known = self._rows(
+            "SELECT digest FROM contributions WHERE round = ? AND client = ?", number, client
+        )
+        if known:
+            if known[0][0] != digest_of(payload):
+                raise UpdateError(f"{client} sent a second, different answer to round {number}")
+            return False
+        self._require_asked(number, client)
+        digest = self._blobs.put(payload)
+        with self._transaction():
+            self._db.execute("INSERT INTO contributions VALUES (?, ?, ?)", (number, client, digest))
+        return True
+
+    def refuse(self, number: int, client: str, reason: str) -> None:
+        """Record why a client's answer does not count; the first reason stays.
+
+        A contribution that was received before stays, too: then the refusal tells of a second.
+        """
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR IGNORE INTO refusals VALUES (?, ?, ?)", (number, client, reason)
+            )
+
+    def contributions(self, number: int) -> dict[str, str]:
+        """The digest of each client that contributed to a round, in the cohort's order."""
+        found = dict(self._rows("SELECT client, digest FROM contributions WHERE round = ?", number))
+        return {client: found[client] for client in self._cohort(number) if client in found}
+
+    def refusals(self, number: int) -> dict[str, str]:
+        """The reason of each client that was refused in a round, sorted by client."""
+        query = "SELECT client, reason FROM refusals WHERE round = ? ORDER BY client"
+        return dict(self._rows(query, number))
+
+    def payload(self, digest: str) -> bytes:
+        """The bytes of a contribution.  JournalError if they are damaged or were pruned."""
+        return self._blobs.get(digest)
+
+    # Facts and space
+
+    def note(self, key: str, value: Json) -> None:
+        """Keep a small fact, for example that the run is finished."""
+        with self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (key, canonical(value)))
+
+    def get(self, key: str) -> Json:
+        """A fact kept by `note`, or None."""
+        rows = self._rows("SELECT value FROM notes WHERE key = ?", key)
+        return self._load(rows[0][0]) if rows else None
+
+    def prune(self, keep_rounds: int) -> None:
+        """Delete payloads and states of all but the `keep_rounds` last closed rounds.
+
+        Their rows, with the digests, stay.  The open round and the last state are never touched.
+        """
+        if keep_rounds < 1:
+            raise ValueError(f"keep_rounds is {keep_rounds}: the last state has to stay")
+        newest = self._newest()
+        if newest is not None:
+            self._blobs.sweep(self._digests(newest - keep_rounds + 1))
+
+    # Opening
+
+    def _admit(self, identity: RunIdentity) -> None:
+        """Create the tables, or check that they are ours and this run's."""
+        ((health,),) = self._rows("PRAGMA quick_check(1)")
+        if health != "ok":
+            raise JournalError(f"{self._path} is damaged: {health}", _ANEW)
+        ((version,),) = self._rows("PRAGMA user_version")
+        if version == 0 and not self._rows("SELECT name FROM sqlite_master"):
+            self._create(identity)
+        elif version != FORMAT:
+            raise FormatError(
+                f"{self._path} has journal format {version}, this meadow reads {FORMAT}", _ANEW
+            )
+        else:
+            self._resume(identity)
+        self.run_id = self._fact("run_id")
+        self._disk.folder(self._folder / "blobs")
+        self._blobs.sweep(self._digests(0))  # what a crash left without a row
+
+    def _create(self, identity: RunIdentity) -> None:
+        blobs = self._folder / "blobs"
+        if blobs.exists() and any(blobs.iterdir()):
+            raise JournalError(f"{self._path} is empty, but {blobs} is not: it was lost", _ANEW)
+        facts = {
+            "run_id": secrets.token_hex(16),
+            "config": identity.config_digest,
+            "base": identity.base_digest,
+            "environments": [dict(identity.environment)],
+        }
+        with self._transaction():
+            for statement in (*_TABLES, f"PRAGMA user_version = {FORMAT}"):
+                self._db.execute(statement)
+            for key, value in facts.items():
+                self._write_fact(key, value)
+
+    def _resume(self, identity: RunIdentity) -> None:
+        if self._fact("config") != identity.config_digest:
+            raise JournalError(f"{self._folder} holds a run with other settings", _ANEW)
+        if self._fact("base") != identity.base_digest:
+            raise JournalError(f"{self._folder} holds a run of another base model", _ANEW)
+        self._compare_machines(dict(identity.environment))
+
+    def _compare_machines(self, mine: dict[str, str]) -> None:
+        """Give notice if this run has ever worked on a machine that differs, and remember it."""
+        seen: list[dict[str, str]] = self._fact("environments")
+        if mine not in seen:
+            seen.append(mine)
+            with self._transaction():
+                self._write_fact("environments", seen)
+        changes = _changes(seen)
+        if changes:
+            self.notices.append(
+                f"the machine changed during this run ({changes}): bit-for-bit equality with an "
+                "uninterrupted run cannot be promised"
+            )
+
+    # SQL
+
+    def _transaction(self) -> AbstractContextManager[None]:
+        return self._disk.transaction(self._db, self._path)
+
+    def _rows(self, query: str, *values: Json) -> list[tuple[Any, ...]]:
+        with explained(self._path):
+            return self._db.execute(query, values).fetchall()
+
+    def _load(self, text: str) -> Json:
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise JournalError(f"{self._path} is damaged: {error}", _ANEW) from error
+
+    def _fact(self, key: str) -> Json:
+        rows = self._rows("SELECT value FROM facts WHERE key = ?", key)
+        if not rows:
+            raise JournalError(f"{self._path} is damaged: it has no {key}", _ANEW)
+        return self._load(rows[0][0])
+
+    def _write_fact(self, key: str, value: Json) -> None:
+        self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, canonical(value)))
+
+    def _newest(self) -> int | None:
+        """Number of the last closed round."""
+        ((number,),) = self._rows("SELECT max(number) FROM rounds WHERE state IS NOT NULL")
+        return None if number is None else int(number)
+
+    def _cohort(self, number: int) -> list[str]:
+        rows = self._rows("SELECT cohort FROM rounds WHERE number = ?", number)
+        return list(self._load(rows[0][0])) if rows else []
+
+    def _require_asked(self, number: int, client: str) -> None:
+        opened = self.current()
+        if opened is None or opened.number != number:
+            raise UpdateError(f"{client} answers round {number}, which is not open")
+        if client not in opened.cohort:
+            raise UpdateError(f"{client} was not asked in round {number}")
+        if client in self.refusals(number):
+            raise UpdateError(f"{client} was refused in round {number} and cannot answer again")
+
+    def _digests(self, since: int) -> set[str]:
+        """Every blob that a row from round `since` on refers to."""
+        states = self._rows(
+            "SELECT state FROM rounds WHERE number >= ? AND state IS NOT NULL", since
+        )
+        payloads = self._rows("SELECT digest FROM contributions WHERE round >= ?", since)
+        return {digest for (digest,) in states + payloads}
+
+
+def _changes(seen: Sequence[Mapping[str, str]]) -> str:
+    """`key a -> b` of everything that was not the same in all environments."""
+    parts = []
+    for key in sorted({key for environment in seen for key in environment}):
+        values = list(dict.fromkeys(environment.get(key, "unknown") for environment in seen))
+        if len(values) > 1:
+            parts.append(f"{key} {' -> '.join(values)}")
+    return ", ".join(parts)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; the system releases it when the process ends, however it ends."""
+    path = folder / "journal.lock"
+    with explained(path):
+        file = open(path, "ab")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise JournalError(
+                f"another process is working in {folder}", "wait for it, or choose another --out"
+            ) from error
+        yield

@@ -1,0 +1,233 @@
+"""The coordinator: the schedule "rounds" over any strategy, every step of it in the journal.
+
+A round samples a cohort, asks each member for its work, keeps every answer durably before it
+counts, and closes when all have answered or the deadline has passed with a quorum.  Updates are
+folded in the cohort's order, not in that of their arrival, so a resumed run equals an
+uninterrupted one bit for bit.  Knows nothing of Flower: `Peers` are whoever can be asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from ..config import Config
+from ..errors import FormatError, QuorumError, UpdateError
+from ..events import Event, Observer
+from ..journal import Journal
+from ..strategies.base import State, Strategy, Turn, Update
+from ..strategies.messages import (
+    check_contribution,
+    pack_state,
+    pack_update,
+    turn_to_json,
+    unpack_state,
+    unpack_update,
+)
+from ..strategies.transforms import Transform, to_server
+
+
+class Refusal(str):
+    """Why a peer did not answer a request: its error, in one line."""
+
+
+class Peers(Protocol):
+    """Who can be asked.  `together` splits a cohort into the groups that compute as one."""
+
+    def names(self) -> list[str]: ...
+
+    def together(self, cohort: Sequence[str]) -> list[list[str]]: ...
+
+    def ask(
+        self,
+        verb: str,
+        names: Sequence[str],
+        payload: Callable[[str], bytes],
+        deadline_seconds: float,
+    ) -> Iterator[tuple[str, bytes | Refusal]]:
+        """Answers in the order of their arrival; ends when all are in or the deadline has passed."""
+
+
+def sample(names: Sequence[str], fraction: float, seed: int, round: int) -> list[str]:
+    """A cohort of ceil(fraction * n) names, the same on any machine."""
+
+    def rank(name: str) -> bytes:
+        return hashlib.sha256(f"cohort/{seed}/{round}/{name}".encode()).digest()
+
+    size = math.ceil(fraction * len(names) - 1e-9)
+    return sorted(sorted(names, key=rank)[: max(1, size)])
+
+
+class Coordinator:
+    """Runs a strategy for `config.rounds.count` rounds, from wherever the journal stands."""
+
+    def __init__(self, config: Config, strategy: Strategy, journal: Journal, peers: Peers,
+                 transforms: Sequence[Transform] = (), observer: Observer = lambda event: None) -> None:  # fmt: skip
+        self.config, self.strategy, self.journal, self.peers = config, strategy, journal, peers
+        self.transforms, self.observer = transforms, observer
+        self.state = self._resume()
+
+    def _resume(self) -> State:
+        last = self.journal.last()
+        if last is not None:
+            return unpack_state(last[1])
+        state = self.strategy.init(self.config.rounds.seed)
+        self.state = state
+        self.peers.names()
+        self.journal.close_round(0, pack_state(state), {"round": 0, **self.measure(0)})
+        return state
+
+    @property
+    def rounds_done(self) -> int:
+        last = self.journal.last()
+        return 0 if last is None else last[0]
+
+    def run(self) -> State:
+        """All rounds that are left.  Raises QuorumError where a round cannot close."""
+        for number in range(self.rounds_done + 1, self.config.rounds.count + 1):
+            self.round(number)
+        return self.state
+
+    def turn(self, number: int, cohort: Sequence[str] = (), client: str = "") -> Turn:
+        rounds, clients = self.config.rounds, self.config.clients
+        total = math.ceil(rounds.count * rounds.fraction) * clients.steps
+        joined = self._joined().get(client, number) if client else 1
+        return Turn(
+            number, rounds.count, rounds.seed, clients.steps, total, client, tuple(cohort), joined
+        )
+
+    def _joined(self) -> dict[str, int]:
+        return dict(self.journal.get("joined") or {})
+
+    def _enrol(self, number: int) -> list[str]:
+        """The names that can be asked; a name never seen before joins in this round."""
+        names, joined = self.peers.names(), self._joined()
+        new = {name: number for name in names if name not in joined}
+        if new:
+            self.journal.note("joined", {**joined, **new})
+        return names
+
+    def round(self, number: int) -> None:
+        """One round, or the rest of it."""
+        rounds = self.config.rounds
+        opened = self.journal.current()
+        if opened is None:
+            cohort = sample(self._enrol(number), rounds.fraction, rounds.seed, number)
+            self.journal.open_round(number, cohort)
+        else:
+            cohort = list(opened.cohort)
+        self.observer(Event("round_opened", number, {"cohort": cohort, "rounds": rounds.count}))
+        sent = self.strategy.broadcast(self.state, self.turn(number, cohort))
+        bytes_down = self._collect(number, cohort, sent)
+        total, figures = self._combine(number, cohort, sent)
+        turn = self.turn(number, cohort)
+        if total.weight > 0:
+            self.state = self.strategy.step(self.state, total, turn)
+            figures |= self.state.data
+        metrics = {"round": number, "bytes_down": bytes_down, **figures, **self._evaluate(number)}
+        self.journal.close_round(number, pack_state(self.state), metrics)
+        self.observer(Event("round_closed", number, metrics))
+
+    def _collect(self, number: int, cohort: Sequence[str], sent: Update) -> int:
+        """Ask whoever has not answered yet; the bytes of what was sent out."""
+        answered = {*self.journal.contributions(number), *self.journal.refusals(number)}
+        groups = self.peers.together(cohort)
+        asked = [name for group in groups if not answered.issuperset(group) for name in group]
+        sizes = []
+
+        def payload(name: str) -> bytes:
+            data = pack_update(sent, turn=turn_to_json(self.turn(number, cohort, name)))
+            sizes.append(len(data))
+            return data
+
+        for name, reply in self.peers.ask(
+            "train", asked, payload, self.config.rounds.deadline_seconds
+        ):
+            if name not in answered:
+                self._receive(number, name, reply, sent, cohort)
+        size = max(sizes) if sizes else len(payload(cohort[0]))
+        return size * len(cohort)
+
+    def _receive(
+        self, number: int, name: str, reply: bytes | Refusal, sent: Update, cohort: Sequence[str]
+    ) -> None:
+        """Keep one answer durably, or refuse it by name."""
+        try:
+            if isinstance(reply, Refusal):
+                raise UpdateError(str(reply))
+            update = check_contribution(
+                reply, self.strategy.template(sent, self.turn(number, cohort, name)), name
+            )
+        except (UpdateError, FormatError) as error:
+            self.journal.refuse(number, name, str(error))
+            self.observer(Event("refused", number, {"client": name, "reason": str(error)}))
+            return
+        self.journal.receive(number, name, reply)
+        notes = {
+            key: update.notes[key] for key in ("loss", "examples", "tokens") if key in update.notes
+        }
+        self.observer(Event("contribution", number, {"client": name, "bytes": len(reply), **notes}))
+
+    def _combine(
+        self, number: int, cohort: Sequence[str], sent: Update
+    ) -> tuple[Update, dict[str, Any]]:
+        """Fold the journaled contributions in the cohort's order."""
+        digests = self.journal.contributions(number)
+        refusals = self.journal.refusals(number)
+        least = max(1, math.ceil(self.config.rounds.quorum * len(cohort) - 1e-9))
+        if len(digests) < least:
+            why = "; ".join(f"{name}: {reason}" for name, reason in sorted(refusals.items()))
+            raise QuorumError(
+                f"round {number} has {len(digests)} of {len(cohort)} contributions, its quorum is {least}",
+                why or "the others did not answer before the deadline",
+            )
+        turn = self.turn(number, cohort)
+        reducer, losses, bytes_up = self.strategy.reducer(turn), {}, 0
+        for name in cohort:
+            if name in digests:
+                data = self.journal.payload(digests[name])
+                update, _ = unpack_update(data)
+                reducer.fold(to_server(self.transforms, update, sent, turn))
+                losses[name] = update.notes.get("loss")
+                bytes_up += len(data)
+        total = reducer.total()
+        figures = self.strategy.report(total, turn) if total.weight > 0 else {}
+        figures = {**figures, **total.notes}
+        missing = [name for name in cohort if name not in digests and name not in refusals]
+        return total, {
+            "bytes_up": bytes_up, "train_loss": losses, "contributions": len(digests),
+            "refused": refusals, "missing": missing, **figures,
+        }  # fmt: skip
+
+    def _evaluate(self, number: int) -> dict[str, Any]:
+        """Held-out losses with the new state: each participant's, and the mean over all tokens."""
+        rounds = self.config.rounds
+        if number % rounds.evaluate_every and number != rounds.count:
+            return {}
+        return self.measure(number)
+
+    def measure(self, number: int) -> dict[str, Any]:
+        """Ask all participants to measure what they would use after round `number`."""
+        sent = self.strategy.broadcast(self.state, self.turn(number))
+        answers: dict[str, Mapping[str, Any]] = {}
+
+        def payload(name: str) -> bytes:
+            return pack_update(sent, turn=turn_to_json(self.turn(number, (), name)))
+
+        deadline = self.config.rounds.deadline_seconds
+        for name, reply in self.peers.ask("evaluate", self.peers.names(), payload, deadline):
+            if (
+                not isinstance(reply, Refusal)
+                and (notes := unpack_update(reply)[0].notes)["tokens"]
+            ):
+                answers[name] = notes
+        tokens = sum(answer["tokens"] for answer in answers.values())
+        if not tokens:
+            return {}
+        mean = (
+            sum(answers[name]["loss"] * answers[name]["tokens"] for name in sorted(answers))
+            / tokens
+        )
+        return {"loss": mean, "losses": {name: answers[name]["loss"] for name in sorted(answers)}}

@@ -1,0 +1,246 @@
+"""The local engine: a whole federation in one process, over the same apps as a deployed one.
+
+`Lab` is what a machine loads once: base model, bank, participants' encoded text.  `simulate`
+runs a strategy over it in a run's folder, from the start or from wherever its journal stands.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+from flwr.app import Context, RecordDict
+
+from .. import __version__
+from ..client.app import build as build_client_app
+from ..client.data import load_silos
+from ..client.encode import encode
+from ..client.member import Member
+from ..client.model import Base, load_base, sites
+from ..client.outbox import Outbox
+from ..client.task import Participant, answer
+from ..client.trainer import Trainer
+from ..config import Config, write
+from ..errors import ConfigError, DataError
+from ..events import Event, EventLog, Observer, tee
+from ..journal import Journal, RunIdentity
+from ..nano import FOLDER as NANO
+from ..peft_adapters.bank import Bank
+from ..peft_adapters.layout import Site, Tree
+from ..peft_adapters.peft_format import save_adapter
+from ..server.app import GridPeers
+from ..server.app import build as build_server_app
+from ..server.coordinator import Coordinator
+from ..store import Disk
+from ..strategies.base import Answer, Request, Strategy
+from ..strategies.registry import make
+from ..strategies.transforms import make_transforms
+from .fused import Rendezvous
+from .grid import LocalGrid
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A base model and its participants, loaded and encoded."""
+
+    base: Base
+    bank: Bank
+    layers: tuple[Site, ...]
+    modules: tuple[str, ...]  # all module names of the base, before the bank's layers moved in
+    participants: tuple[Participant, ...]
+    truncated: Mapping[str, int]  # rows that were too long, by participant
+
+    def trainer(self, config: Config) -> Trainer:
+        pad = self.base.tokenizer.pad_token_id
+        return Trainer(self.bank, config.clients, 0 if pad is None else int(pad))
+
+    def strategy(self, config: Config) -> Strategy:
+        return make(config.strategy.name, config.strategy.options, self.layers, config.model.rank)
+
+
+def open_lab(config: Config) -> Lab:
+    """Load everything that `config` names.  Raises ModelError, DataError or ConfigError."""
+    make(
+        config.strategy.name, config.strategy.options, (), config.model.rank
+    )  # before the long work
+    if config.simulation.threads:
+        torch.set_num_threads(config.simulation.threads)
+    model, data = config.model, config.data
+    silos = load_silos(
+        data.source, partition=data.partition, participants=data.participants, alpha=data.dirichlet_alpha,
+        seed=config.rounds.seed, chunk=data.chunk, train_rows=data.train_rows, held_out_rows=data.held_out_rows,
+    )  # fmt: skip
+    base = load_base(model.base, dtype=model.dtype, quantize=model.quantize, device=model.device)
+    layers = sites(base.model, model.targets)
+    check_rank(model.rank, layers)
+    modules = tuple(name for name, _ in base.model.named_modules())
+    bank = Bank(base.model, layers, config.scaling)
+    participants, truncated = [], {}
+    for silo in silos:
+        train = encode(silo.train, base.tokenizer, data.max_length)
+        held_out = encode(silo.held_out, base.tokenizer, data.max_length)
+        truncated[silo.client] = train.truncated + held_out.truncated
+        participants.append(
+            Participant(silo.client, train.examples, held_out.examples, config.rounds.seed)
+        )
+    if not any(participant.held_out for participant in participants):
+        raise DataError(
+            "no participant has held-out rows, so nothing can be measured", "at least two rows each"
+        )
+    return Lab(base, bank, tuple(layers), modules, tuple(participants), truncated)
+
+
+def check_rank(rank: int, layers: Sequence[Site]) -> None:
+    """Refuse a rank that some adapted layer cannot have."""
+    for site in layers:
+        if rank > min(site.rows, site.columns):
+            raise ConfigError(
+                f"[model] rank = {rank} is larger than layer {site.name} ({site.rows} x {site.columns})",
+                f"at most {min(min(s.rows, s.columns) for s in layers)}",
+            )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run left behind."""
+
+    folder: Path
+    metrics: tuple[Mapping[str, Any], ...]  # one row a round, from round 0 (the base)
+    notices: tuple[str, ...]
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def base_loss(self) -> float:
+        return float(self.metrics[0]["loss"])
+
+    @property
+    def loss(self) -> float:
+        return float(self.metrics[-1]["loss"])
+
+    @property
+    def losses(self) -> dict[str, float]:
+        return dict(self.metrics[-1]["losses"])
+
+    def total(self, key: str) -> int:
+        return sum(int(row.get(key, 0)) for row in self.metrics)
+
+
+def environment() -> dict[str, str]:
+    """What bit-for-bit equality depends on besides the settings."""
+    return {
+        "torch": torch.__version__, "threads": str(torch.get_num_threads()),
+        "cpu": torch.backends.cpu.get_cpu_capability(), "cuda": str(torch.version.cuda and torch.cuda.is_available()),
+    }  # fmt: skip
+
+
+def simulate(
+    config: Config,
+    folder: Path,
+    lab: Lab | None = None,
+    observer: Observer = lambda event: None,
+    disk: Disk | None = None,
+) -> Result:
+    """Run, or go on with, the federation that `config` describes; its traces are in `folder`.
+
+    Raises JournalError where the folder belongs to another run, QuorumError where a round cannot
+    close, StorageError where the disk is full; the same call then continues.
+    """
+    lab = lab or open_lab(config)
+    disk = disk or Disk()
+    disk.folder(folder)
+    identity = RunIdentity(config.digest(), lab.base.digest, environment())
+    with Journal.open(folder, identity, disk) as journal:
+        disk.write(folder / "run.toml", write(config).encode())
+        log = EventLog(folder / "events.jsonl")
+        keep_metrics = _metrics_writer(journal, folder, disk)
+        try:
+            _run(config, folder, lab, journal, tee(log, keep_metrics, observer), disk)
+        finally:
+            log.close()
+        return Result(folder, tuple(journal.metrics()), tuple(journal.notices))
+
+
+def _run(
+    config: Config, folder: Path, lab: Lab, journal: Journal, observer: Observer, disk: Disk
+) -> None:
+    observer(
+        Event(
+            "run_started",
+            0,
+            {"run": journal.run_id, "truncated": dict(lab.truncated), "meadow": __version__},
+        )
+    )
+    for notice in journal.notices:
+        observer(Event("notice", 0, {"text": notice}))
+    strategy, trainer = lab.strategy(config), lab.trainer(config)
+    transforms = make_transforms(config.clients.clip_update, config.clients.wire)
+    group = config.simulation.group if config.simulation.engine == "fused" else 1
+    meeting = Rendezvous(trainer)
+    members = []
+    for person in lab.participants:
+        outbox = Outbox(folder / "clients", person.name, journal.run_id, disk)
+        respond = meeting.responder(person) if group > 1 else partial(_alone, person, trainer)
+        members.append(Member(person.name, strategy, outbox, respond, transforms, group > 1))
+    grid = LocalGrid(build_client_app(lambda node: members[node - 1]), len(members), group, meeting)
+
+    def main(peers: GridPeers) -> None:
+        coordinator = Coordinator(config, strategy, journal, peers, transforms, observer)
+        state = coordinator.run()
+        export(lab, config, strategy.export(state), folder / "adapter", journal.run_id, disk)
+        if strategy.personal:
+            for member in members:
+                sent = strategy.broadcast(state, coordinator.turn(config.rounds.count))
+                own = member.own(sent, coordinator.turn(config.rounds.count, client=member.name))
+                export(
+                    lab,
+                    config,
+                    own.adapter,
+                    folder / "personal" / quote(member.name, safe=""),
+                    journal.run_id,
+                    disk,
+                )
+
+    def groups(cohort: Sequence[str]) -> list[list[str]]:
+        return [list(cohort[start : start + group]) for start in range(0, len(cohort), group)]
+
+    build_server_app(main, groups)(grid, Context(1, 0, {}, RecordDict(), {}))
+    observer(Event("run_finished", config.rounds.count, {"adapter": str(folder / "adapter")}))
+
+
+def _alone(person: Participant, trainer: Trainer, request: Request) -> Answer:
+    return answer(request, person, trainer)
+
+
+def export(lab: Lab, config: Config, tree: Tree, folder: Path, run_id: str, disk: Disk) -> None:
+    """Write a LoRA adapter in PEFT's format."""
+    base = str(NANO) if lab.base.name == "nano" else lab.base.name
+    metadata = {"base_digest": lab.base.digest, "run": run_id}
+    save_adapter(
+        folder,
+        tree,
+        scaling=config.scaling,
+        base=base,
+        modules=lab.modules,
+        metadata=metadata,
+        disk=disk,
+    )
+
+
+def _metrics_writer(journal: Journal, folder: Path, disk: Disk) -> Observer:
+    """Keeps metrics.jsonl equal to the journal: written whole, so that no crash can leave it torn."""
+
+    def keep(event: Event) -> None:
+        if event.kind in ("run_started", "round_closed"):
+            rows = (json.dumps(row, separators=(",", ":")) + "\n" for row in journal.metrics())
+            disk.write(folder / "metrics.jsonl", "".join(rows).encode())
+
+    return keep

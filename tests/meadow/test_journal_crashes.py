@@ -1,0 +1,465 @@
+"""A run that stops at any step of any disk, in any way, ends as if it had never stopped.
+
+A small federation (two clients with memory, one that sends NaN, a pruning coordinator) runs over
+Journal and Outbox.  Every primitive step that its disks take is numbered.  The run is then ended
+at each number in each way below, and started again with the same command.
+
+    before, after   the process dies around the step; what was written stays
+    torn            it dies in the middle: half of a file, part of the database's log
+    power           it dies, and whatever was not synced is lost
+    full            the step fails as on a full disk, and space returns later
+
+Each payload carries a random number, so that an answer computed twice is never mistaken for one
+that was sent twice.  Run as a program, this file is the long tier's child process: there SIGKILL
+ends the run.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import pytest
+import torch
+
+from meadow.client.outbox import Outbox
+from meadow.errors import JournalError, StorageError, UpdateError
+from meadow.journal import Journal, RunIdentity
+from meadow.store import Disk
+from meadow.wire import decode, encode, require_finite
+
+IDENTITY = RunIdentity("config", "base", {"torch": "2.13"})
+COHORT = ("ada", "eve", "bob")
+HONEST = ("ada", "bob")
+ROUNDS = 2
+
+
+# The federation
+
+
+@dataclass
+class Ledger:
+    """What outlives every crash: the answers that were recorded, and the receipts given."""
+
+    recorded: dict[tuple[int, str], bytes] = field(default_factory=dict)
+    receipts: list[tuple[int, str]] = field(default_factory=list)
+
+
+class Clients(NamedTuple):
+    folder: Path
+    disk: Disk
+
+
+def answer(client: str, number: int, state: bytes, memory: bytes | None) -> tuple[bytes, bytes]:
+    """A client's momentum step: payload and new memory."""
+    x = decode(state)[0]["x"]
+    momentum = decode(memory)[0]["m"] if memory else torch.zeros(3)
+    momentum = 0.9 * momentum + torch.sin(x * (1 + len(client)) + COHORT.index(client) + number)
+    sent = momentum if client in HONEST else torch.full((3,), float("nan"))
+    return encode({"u": sent}, {"nonce": secrets.token_hex(8)}), encode({"m": momentum}, None)
+
+
+def participate(outbox: Outbox, client: str, number: int, state: bytes, ledger: Ledger) -> bytes:
+    """A client's whole round: the recorded answer, or a new one that is recorded first."""
+    payload = outbox.pending(number)
+    if payload is None:
+        payload, memory = answer(client, number, state, outbox.memory(number))
+        outbox.record(number, payload, memory)
+    assert ledger.recorded.setdefault((number, client), payload) == payload
+    return payload
+
+
+def play(journal: Journal, state: bytes, number: int, clients: Clients, ledger: Ledger) -> None:
+    """One round, from wherever it was left."""
+    if journal.current() is None:
+        journal.open_round(number, COHORT)
+    done = journal.contributions(number).keys() | journal.refusals(number).keys()
+    for client in COHORT:
+        outbox = Outbox(clients.folder, client, journal.run_id, clients.disk)
+        if client not in done:
+            payload = participate(outbox, client, number, state, ledger)
+            try:
+                require_finite(decode(payload, expect={"u": (3,)})[0], client)
+            except UpdateError as error:
+                journal.refuse(number, client, str(error))
+            else:
+                if journal.receive(number, client, payload):
+                    ledger.receipts.append((number, client))
+        outbox.acknowledge(number)
+    x = decode(state)[0]["x"]
+    for digest in journal.contributions(number).values():
+        x = x - 0.1 * decode(journal.payload(digest))[0]["u"]
+    journal.close_round(number, encode({"x": x}, None), {"norm": float(x.norm())})
+
+
+def federate(root: Path, server: Disk, client: Disk, ledger: Ledger) -> bytes:
+    """The command that is given again and again; the final state."""
+    with Journal.open(root / "run", IDENTITY, server) as journal:
+        if journal.last() is None:
+            journal.close_round(0, encode({"x": torch.arange(3.0)}, None), {})
+        while True:
+            journal.prune(1)
+            number, state = journal.last() or (0, b"")
+            if number == ROUNDS:
+                journal.note("finished", True)
+                return state
+            play(journal, state, number + 1, Clients(root / "outboxes", client), ledger)
+
+
+# The disks
+
+Undo = Callable[[Path], None]
+
+
+class Crash(BaseException):
+    """The process is gone."""
+
+
+class Numbered(Disk):
+    """Numbers its steps from 1; syncing takes no time, because what is lost is simulated.
+
+    `undo` holds, by the name of what would settle it, how to take back in a copy of `root` each
+    effect that is not yet durable.
+    """
+
+    def __init__(self, root: Path, undo: list[tuple[str, Undo]] | None = None) -> None:
+        self.root = root
+        self.undo = undo or []
+        self.count = 0
+        self.torn_log: tuple[str, int] | None = None  # where a torn commit left the database's log
+
+    def step(
+        self,
+        real: Callable[[], None],
+        torn: Callable[[], None] = lambda: None,
+        full: Callable[[], None] | None = None,
+    ) -> None:
+        self.count += 1
+        real()
+
+    def connect(self, path: Path) -> sqlite3.Connection:
+        database = sqlite3.connect(path, isolation_level=None)
+        database.execute("PRAGMA synchronous = OFF")
+        database.execute("PRAGMA journal_mode = WAL")
+        return database
+
+    def name(self, path: Path) -> str:
+        return str(path.relative_to(self.root))
+
+    def settle(self, what: str) -> None:
+        self.undo = [(key, undo) for key, undo in self.undo if key != what]
+
+    def fill(self, file: BinaryIO, data: bytes) -> None:
+        name, half = self.name(Path(file.name)), data[: len(data) // 2]
+        self.undo.append((f"content {name}", lambda copy: os.truncate(copy / name, len(half))))
+
+        def full() -> None:
+            Disk.fill(self, file, half)
+            raise OSError(errno.ENOSPC, "injected")
+
+        self.step(lambda: Disk.fill(self, file, data), lambda: Disk.fill(self, file, half), full)
+
+    def sync(self, file: BinaryIO) -> None:
+        self.step(lambda: self.settle(f"content {self.name(Path(file.name))}"))
+
+    def sync_folder(self, folder: Path) -> None:
+        self.step(lambda: self.settle(f"names in {self.name(folder)}"))
+
+    def rename(self, draft: Path, path: Path) -> None:
+        def real() -> None:
+            old, new = self.name(draft), self.name(path)
+            self.renamed(old, new, self.name(path.parent))
+            Disk.rename(self, draft, path)
+
+        self.step(real)
+
+    def renamed(self, old: str, new: str, folder: str) -> None:
+        """Content that was not synced may be lost under the new name as well."""
+        if any(key == f"content {old}" for key, _ in self.undo):
+            self.settle(f"content {old}")
+            self.undo.append((f"content {new}", lambda copy: os.truncate(copy / new, 0)))
+        self.undo.append((f"names in {folder}", lambda copy: os.replace(copy / new, copy / old)))
+
+    def make(self, folder: Path) -> None:
+        def real() -> None:
+            if not folder.exists():
+                name, parent = self.name(folder), self.name(folder.parent)
+                self.undo.append((f"names in {parent}", lambda copy: shutil.rmtree(copy / name)))
+            Disk.make(self, folder)
+
+        self.step(real)
+
+    def remove(self, path: Path) -> None:
+        def real() -> None:
+            name, data = self.name(path), path.read_bytes()
+            key = f"names in {self.name(path.parent)}"
+            self.settle(f"content {name}")
+            self.undo.append((key, lambda copy: void((copy / name).write_bytes(data))))
+            Disk.remove(self, path)
+
+        self.step(real)
+
+    def commit(self, database: sqlite3.Connection) -> None:
+        log = Path(database.execute("PRAGMA database_list").fetchone()[2] + "-wal")
+
+        def torn() -> None:
+            before = log.stat().st_size
+            Disk.commit(self, database)
+            self.torn_log = self.name(log), (before + log.stat().st_size) // 2
+
+        def full() -> None:
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+
+        self.step(lambda: Disk.commit(self, database), torn, full)
+
+
+class Faulty(Numbered):
+    """Has the fault `way` at the step `at`; a crash leaves a copy of `root` for the next start."""
+
+    def __init__(
+        self, root: Path, at: int, way: str, undo: list[tuple[str, Undo]] | None = None
+    ) -> None:
+        super().__init__(root, undo)
+        self.at, self.way = at, way
+        self.survivor = root.with_name(root.name + "+")
+
+    def step(
+        self,
+        real: Callable[[], None],
+        torn: Callable[[], None] = lambda: None,
+        full: Callable[[], None] | None = None,
+    ) -> None:
+        self.count += 1
+        if self.count != self.at:
+            return real()
+        if self.way == "full":
+            return (full or no_space)()
+        if self.way in ("torn", "after"):
+            (torn if self.way == "torn" else real)()
+        self.crash()
+
+    def crash(self) -> None:
+        shutil.copytree(self.root, self.survivor)
+        if self.torn_log:
+            name, size = self.torn_log
+            os.truncate(self.survivor / name, size)
+        if self.way == "power":
+            for _, undo in reversed(self.undo):
+                undo(self.survivor)
+        raise Crash
+
+
+class Deadly(Faulty):
+    """Crashes in earnest, with a database that syncs."""
+
+    connect = Disk.connect
+
+    def crash(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def void(_: object) -> None:
+    """So that a lambda can call what returns something."""
+
+
+def no_space() -> None:
+    raise OSError(errno.ENOSPC, "injected")
+
+
+# The proof
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    root = tmp_path_factory.mktemp("uninterrupted")
+    return federate(root, Numbered(root), Numbered(root), Ledger())
+
+
+@pytest.fixture
+def roots(tmp_path: Path) -> Iterator[Path]:
+    """A fresh folder each time; old ones are removed, to keep the number of files small."""
+
+    def generate() -> Iterator[Path]:
+        for number in range(10**6):
+            root = tmp_path / str(number)
+            root.mkdir()
+            yield root
+            for path in tmp_path.iterdir():
+                shutil.rmtree(path)
+
+    return generate()
+
+
+def steps(tmp_path: Path, side: str) -> int:
+    """How many steps `side` takes in a run that nothing ends."""
+    tmp_path.mkdir()
+    disk = Numbered(tmp_path)
+    server, client = sides(disk, side)
+    federate(tmp_path, server, client, Ledger())
+    shutil.rmtree(tmp_path)
+    return disk.count
+
+
+def sides(disk: Numbered, side: str) -> tuple[Disk, Disk]:
+    """The coordinator's disk and the clients', of which `side` has `disk`."""
+    other = Numbered(disk.root)
+    return (
+        disk if side in ("server", "both") else other,
+        disk if side in ("client", "both") else other,
+    )
+
+
+def interrupt(disk: Faulty, side: str, ledger: Ledger) -> Path:
+    """Run until the fault; the folder in which the next start finds itself."""
+    try:
+        federate(disk.root, *sides(disk, side), ledger)
+    except Crash:
+        return disk.survivor
+    except StorageError:
+        return disk.root
+    raise AssertionError(f"step {disk.at} did not end the run")
+
+
+def finish(root: Path, ledger: Ledger, expected: bytes) -> None:
+    """Give the same command again, and check that nothing shows."""
+    assert federate(root, Numbered(root), Numbered(root), ledger) == expected
+    assert len(ledger.receipts) == len(set(ledger.receipts))
+    with Journal.open(root / "run", IDENTITY, Numbered(root)) as journal:
+        assert [metrics["round"] for metrics in journal.metrics()] == list(range(ROUNDS + 1))
+        assert journal.get("finished") is True
+        for number in range(1, ROUNDS + 1):
+            assert list(journal.contributions(number)) == list(HONEST)
+            assert list(journal.refusals(number)) == ["eve"]
+        assert not list((root / "run").rglob("*.draft"))
+        assert len(list((root / "run" / "blobs").iterdir())) == 1 + len(HONEST)
+
+
+@pytest.mark.parametrize(
+    "way", ["before", "torn", "power", "full", pytest.param("after", marks=pytest.mark.long)]
+)
+def test_any_step(tmp_path: Path, roots: Iterator[Path], expected: bytes, way: str) -> None:
+    count = steps(tmp_path / "count", "both")
+    assert count > 60
+    for at, root in zip(range(1, count + 1), roots, strict=False):
+        ledger = Ledger()
+        finish(interrupt(Faulty(root, at, way), "both", ledger), ledger, expected)
+
+
+@pytest.mark.parametrize("side", ["server", "client"])
+def test_one_machine_loses_power(
+    tmp_path: Path, roots: Iterator[Path], expected: bytes, side: str
+) -> None:
+    """The other machine keeps all that it wrote: neither may know what the other forgot."""
+    for at, root in zip(range(1, steps(tmp_path / "count", side) + 1), roots, strict=False):
+        ledger = Ledger()
+        finish(interrupt(Faulty(root, at, "power"), side, ledger), ledger, expected)
+
+
+def killed_then_cut(root: Path, first: int, second: int, ledger: Ledger) -> Path:
+    """A process dies, and soon after its successor has started the power fails."""
+    killed = Faulty(root, first, "before")
+    cut = Faulty(interrupt(killed, "both", ledger), second, "power", killed.undo)
+    return interrupt(cut, "both", ledger)
+
+
+@pytest.mark.parametrize(
+    "seconds",
+    [(5,), pytest.param(tuple(range(1, 24)), marks=pytest.mark.long)],
+    ids=["few", "many"],
+)
+def test_a_power_cut_after_a_crash(
+    tmp_path: Path, roots: Iterator[Path], expected: bytes, seconds: tuple[int, ...]
+) -> None:
+    """What a predecessor wrote but did not sync is not taken for durable."""
+    count = steps(tmp_path / "count", "both")
+    pairs = [(first, second) for first in range(1, count - 24) for second in seconds]
+    for (first, second), root in zip(pairs, roots, strict=False):
+        ledger = Ledger()
+        finish(killed_then_cut(root, first, second, ledger), ledger, expected)
+
+
+class NeverSyncsContent(Faulty):
+    def sync(self, file: BinaryIO) -> None:
+        self.step(lambda: None)
+
+
+class NeverSyncsNames(Faulty):
+    def sync_folder(self, folder: Path) -> None:
+        self.step(lambda: None)
+
+
+@pytest.mark.parametrize("careless", [NeverSyncsContent, NeverSyncsNames])
+def test_a_careless_disk_would_be_noticed(
+    tmp_path: Path, roots: Iterator[Path], expected: bytes, careless: type[Faulty]
+) -> None:
+    """The proof has teeth: leave out either fsync, and some step ends in a loss."""
+    noticed = False
+    for at, root in zip(range(30, steps(tmp_path / "count", "both") + 1, 5), roots, strict=False):
+        ledger = Ledger()
+        survivor = interrupt(careless(root, at, "power"), "both", ledger)
+        try:
+            finish(survivor, ledger, expected)
+        except (AssertionError, JournalError):
+            noticed = True
+    assert noticed
+
+
+@pytest.mark.long
+def test_sigkill_at_any_step(tmp_path: Path, expected: bytes) -> None:
+    (tmp_path / "expected").write_bytes(expected)
+    command = [sys.executable, __file__, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 120
+
+
+def kill_at_every_step(folder: Path) -> int:
+    """Fork a run, let it kill itself at each step, start it again; how many died."""
+    expected, deaths = (folder / "expected").read_bytes(), 0
+    for way in ("before", "torn"):
+        for at in range(1, 10**6):
+            root = folder / f"{way}{at}"
+            root.mkdir()
+            if not forked(lambda root=root, at=at, way=way: run_deadly(root, at, way)):  # type: ignore[misc]
+                break
+            deaths += 1
+            finish(root, Ledger(), expected)
+            shutil.rmtree(root)
+    return deaths
+
+
+def run_deadly(root: Path, at: int, way: str) -> None:
+    disk = Deadly(root, at, way)
+    federate(root, disk, disk, Ledger())
+
+
+def forked(run: Callable[[], None]) -> bool:
+    """Whether a child process that does `run` was killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            run()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    assert killed or os.waitstatus_to_exitcode(status) == 0
+    return killed
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.stdout.write(str(kill_at_every_step(Path(sys.argv[1]))))
