@@ -30,8 +30,15 @@ class Member:
     crash, so that its other members' numbers do not change in the last bit.
     """
 
-    def __init__(self, name: str, strategy: Strategy, outbox: Outbox, respond: Callable[[Request], Answer],
-                 transforms: Sequence[Transform] = (), rehearse: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        name: str,
+        strategy: Strategy,
+        outbox: Outbox,
+        respond: Callable[[Request], Answer],
+        transforms: Sequence[Transform] = (),
+        rehearse: bool = False,
+    ) -> None:
         self.name, self.strategy, self.outbox, self.respond = name, strategy, outbox, respond
         self.transforms, self.rehearse = transforms, rehearse
 
@@ -41,6 +48,7 @@ class Member:
         turn = turn_from_json(header.get("turn"))
         if turn.client != self.name:
             raise FormatError(f"{self.name} received a turn of {turn.client!r}")
+        self.outbox.settle(turn.round)
         recorded = self.outbox.pending(turn.round)
         if recorded is not None and not self.rehearse:
             return recorded

@@ -194,10 +194,14 @@ def _model(folder: Path, dtype: torch.dtype, quantization: Any, device: torch.de
 
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, quantization_config=quantization, use_safetensors=True,
-            trust_remote_code=False, output_loading_info=True,
+            folder,
+            dtype=dtype,
+            quantization_config=quantization,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
             device_map={"": device} if quantization else None,
-        )  # fmt: skip
+        )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: cannot be loaded: {_first_line(error)}") from None
     if report["missing_keys"]:  # which transformers would fill with random numbers

@@ -78,6 +78,17 @@ class Outbox:
             if _number(path) < round:
                 self._disk.delete(path)
 
+    def settle(self, before_round: int) -> None:
+        """Round `before_round` has begun, so all earlier ones are closed: delete what is older
+        than the newest answer to one of them, whose memory is still needed.
+
+        A client that is sampled rarely keeps its memory; the disk holds two records at most.
+        """
+        earlier = [number for number in self._rounds() if number < before_round]
+        if len(earlier) > 1:
+            self._disk.confirm(self._folder)  # the answer that stays may be a crash's last deed
+            self.acknowledge(max(earlier))
+
     def _path(self, round: int) -> Path:
         return self._folder / f"{round:08d}.record"
 

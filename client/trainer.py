@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -64,8 +64,14 @@ def rate_factor(recipe: ClientsConfig, step: int, total: int) -> float:
 class Trainer:
     """Trains and measures adapters over `bank`'s model; keeps nothing of a client between calls."""
 
-    def __init__(self, bank: Bank, recipe: ClientsConfig, pad: int) -> None:
-        self.bank, self.recipe, self.pad = bank, recipe, pad
+    def __init__(
+        self,
+        bank: Bank,
+        recipe: ClientsConfig,
+        pad: int,
+        progress: Callable[[int], None] = lambda steps: None,
+    ) -> None:
+        self.bank, self.recipe, self.pad, self.progress = bank, recipe, pad, progress
         self.device = next(bank.model.parameters()).device
         self.micro = recipe.micro_batch or recipe.batch
         self._cache: dict[tuple[str, int, int], Slots] = {}
@@ -101,14 +107,17 @@ class Trainer:
                     )
                     group["lr"] = self.recipe.lr * factor
                 optimizer.step()
+                self.progress(len(jobs))
         return [
             Trained(
                 slots.read(index, ranks[index]),
                 self._moments(optimizer, slots, index, first.train, ranks[index]),
-                float(losses[index]) / first.steps, len(job.examples), tokens[index],
+                float(losses[index]) / first.steps,
+                len(job.examples),
+                tokens[index],
             )
             for index, job in enumerate(jobs)
-        ]  # fmt: skip
+        ]
 
     def loss(self, request: Loss, examples: Sequence[Example], rows: int = 32) -> Measured:
         """Mean loss over the response tokens of `examples` (0 where there are none)."""
@@ -166,8 +175,10 @@ class Trainer:
 
     def _shrink(self, error: BaseException) -> None:
         if self.micro == 1:
-            raise ModelError("not enough memory for a micro-batch of one row", "a smaller model, [data] max_length "
-                             "or quantised base") from error  # fmt: skip
+            raise ModelError(
+                "not enough memory for a micro-batch of one row",
+                "a smaller model, [data] max_length or quantised base",
+            ) from error
         self.micro = (self.micro + 1) // 2
         log.warning(
             "out of memory: micro-batch is now %d rows, the effective batch unchanged", self.micro

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import tomllib
 import types
 from collections.abc import Mapping
@@ -199,7 +200,12 @@ def _section(section: str, keys: dict[str, Any], name: str) -> Any:
 
 
 def checked(value: Any, hint: Any, where: str, least: float | None = None) -> Any:
-    """`value` as the type `hint` (int widens to float), or ConfigError at `where`."""
+    """`value` as the type `hint` (int widens to float), or ConfigError at `where`.
+
+    `least` bounds a number; what a list or a table holds is checked by its own type.
+    """
+    if hint is Any:
+        return value
     origin = get_origin(hint)
     if origin is Literal:
         if value not in get_args(hint):
@@ -210,10 +216,17 @@ def checked(value: Any, hint: Any, where: str, least: float | None = None) -> An
         inner = [kind for kind in get_args(hint) if kind is not type(None)]
         return checked(value, inner[0], where, least)
     kind = origin or hint
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{where} is {value!r}", f"expected {kind.__name__}")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{where} is {value!r}", "expected a finite number")
+    if kind is list:
+        return [checked(item, get_args(hint)[0], where) for item in value]
+    if kind is dict:
+        part = get_args(hint)[1]
+        return {key: checked(item, part, f"{where}.{key}") for key, item in value.items()}
     if least is not None and not value >= least:
         raise ConfigError(f"{where} is {value!r}", f"at least {least:g}")
     return value
@@ -254,10 +267,13 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + " }"
+        return "{ " + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value) if isinstance(value, str) else repr(value)
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but for surrogate pairs, and TOML wants one more: DEL.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
 
 
 def options_of(kind: type) -> list[tuple[str, Any, str]]:

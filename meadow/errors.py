@@ -9,6 +9,7 @@
     ├── FormatError          another format version, or bytes that are not what they say
     ├── QuorumError          too few contributions in a round
     ├── JournalError         a run's folder that cannot be continued
+    ├── IdentityError        a key that cannot be used, or a signature that does not hold
     └── StorageError         the disk is full or not writable
 
 The command line prints `str(error)` and exits with status 2; anything else is a defect and shows
@@ -60,6 +61,10 @@ class QuorumError(MeadowError):
 
 class JournalError(MeadowError):
     """A run's folder that belongs to another run, or is damaged."""
+
+
+class IdentityError(MeadowError):
+    """A key file that is damaged or open to others, or a signature that nobody trusted made."""
 
 
 class StorageError(MeadowError):

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .store import explained
+
 FORMAT = 1
 
 
@@ -28,12 +30,17 @@ Observer = Callable[[Event], None]
 
 class EventLog:
     """Appends each event as one JSON line.  A record for people: a run resumes from its journal,
-    never from here, so lines are not synced one by one and a torn last line does no harm."""
+    never from here, so lines are not synced one by one and a torn last line does no harm.
+
+    Raises StorageError where the disk refuses.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
-        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            self._file.write("\n")
+        self._path = path
+        with explained(path):
+            self._file = path.open("ab", buffering=0)  # so that a full disk shows at once
+            if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+                self._append(b"\n")
 
     def __call__(self, event: Event) -> None:
         row = {
@@ -43,8 +50,12 @@ class EventLog:
             "round": event.round,
             **event.data,
         }
-        self._file.write(json.dumps(row, separators=(",", ":")) + "\n")
-        self._file.flush()
+        self._append(json.dumps(row, separators=(",", ":")).encode() + b"\n")
+
+    def _append(self, line: bytes) -> None:
+        with explained(self._path):
+            while line:
+                line = line[self._file.write(line) :]
 
     def close(self) -> None:
         self._file.close()

@@ -12,7 +12,7 @@ import errno
 import hashlib
 import os
 import sqlite3
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -76,8 +76,10 @@ def _storage_error(path: Path, reason: str) -> StorageError:
 class Disk:
     """Durable writes.  When `write`, `folder` or `transaction` returns, a power cut is harmless."""
 
-    def write(self, path: Path, data: bytes) -> None:
+    def write(self, path: Path, data: bytes, mode: int = 0o666) -> None:
         """Put `data` at `path` in one piece, in place of what was there.
+
+        `mode` is the file's, before the umask, from its first byte on.
 
         Raises StorageError where the disk refuses; `path` then holds what it held or all of
         `data`, and `data` may be written again.
@@ -85,7 +87,7 @@ class Disk:
         draft = path.with_name(path.name + DRAFT)
         with explained(path):
             try:
-                with open(draft, "wb", buffering=0) as file:
+                with open(draft, "wb", buffering=0, opener=_creating(mode)) as file:
                     self.fill(file, data)
                     self.sync(file)
                 self.rename(draft, path)
@@ -168,6 +170,10 @@ class Disk:
 
     def commit(self, database: sqlite3.Connection) -> None:
         database.execute("COMMIT")
+
+
+def _creating(mode: int) -> Callable[[str, int], int]:
+    return lambda name, flags: os.open(name, flags, mode)
 
 
 def _discard(draft: Path) -> None:

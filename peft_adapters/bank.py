@@ -134,13 +134,14 @@ def _low_rank(x: Tensor, a: Tensor, b: Tensor, rows: Tensor | None, scaling: flo
         return torch.nn.functional.linear(torch.nn.functional.linear(x, a[0]) * scaling, b[0])
     if rows is not None:
         a, b = a[rows], b[rows]
-    grouped = x.reshape(a.shape[0], -1, x.shape[-1])
+    shares = x.reshape(a.shape[0], x.shape[0] // a.shape[0], *x.shape[1:])  # refuses unequal ones
+    grouped = shares.flatten(1, -2)
     y = torch.bmm(torch.bmm(grouped, a.mT) * scaling, b.mT)
     return y.view(*x.shape[:-1], b.shape[1])
 
 
 class Bank:
-    """Puts `BankLinear`s in the place of a model's adapted layers.  Base weights are never written."""
+    """Puts `BankLinear`s in place of a model's adapted layers.  Base weights are never written."""
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], scaling: float) -> None:
         self.model, self.sites, self.scaling = model, tuple(sites), scaling

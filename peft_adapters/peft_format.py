@@ -42,10 +42,22 @@ _WRITTEN = (torch.float32, torch.bfloat16, torch.float16)
 
 # Settings of LoraConfig under which the weight change is not scaling * B @ A of uniform rank.
 _UNSUPPORTED = (
-    "use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern",
-    "trainable_token_indices", "layer_replication", "target_parameters", "alora_invocation_tokens",
-    "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
-)  # fmt: skip
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "trainable_token_indices",
+    "layer_replication",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+)
 # Initialisations that also change the base's own weights.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 

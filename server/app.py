@@ -36,7 +36,7 @@ class GridPeers:
         unknown = [node for node in self._grid.get_node_ids() if node not in known]
         for message, reply in self._exchange("name", dict.fromkeys(unknown, b""), 60.0):
             if isinstance(reply, bytes):
-                self._nodes[reply.decode()] = message
+                self._nodes[reply.decode(errors="replace")] = message
         return sorted(self._nodes)
 
     def together(self, cohort: Sequence[str]) -> list[list[str]]:
@@ -49,7 +49,9 @@ class GridPeers:
         payload: Callable[[str], bytes],
         deadline_seconds: float,
     ) -> Iterator[tuple[str, bytes | Refusal]]:
-        by_node = {self._nodes[name]: name for name in names}
+        if not self._nodes.keys() >= set(names):
+            self.names()  # a resumed round's cohort is older than this process
+        by_node = {self._nodes[name]: name for name in names if name in self._nodes}
         payloads = {node: payload(name) for node, name in by_node.items()}
         for node, reply in self._exchange(verb, payloads, deadline_seconds):
             yield by_node[node], reply
@@ -79,8 +81,7 @@ class GridPeers:
 def _unwrap(reply: Message) -> bytes | Refusal:
     if reply.has_error():
         return Refusal(reply.error.reason)
-    record = reply.content["meadow"]
-    payload = record["payload"]
+    payload = reply.content.config_records.get("meadow", ConfigRecord()).get("payload")
     return payload if isinstance(payload, bytes) else Refusal("the reply carries no payload")
 
 

@@ -17,7 +17,7 @@ from ..config import Config
 from ..errors import FormatError, QuorumError, UpdateError
 from ..events import Event, Observer
 from ..journal import Journal
-from ..strategies.base import State, Strategy, Turn, Update
+from ..strategies.base import Measured, State, Strategy, Turn, Update
 from ..strategies.messages import (
     check_contribution,
     pack_state,
@@ -27,6 +27,9 @@ from ..strategies.messages import (
     unpack_update,
 )
 from ..strategies.transforms import Transform, to_server
+from ..wire import require_finite
+
+_KEPT_ROUNDS = 2  # payloads and states of older rounds are deleted
 
 
 class Refusal(str):
@@ -47,7 +50,7 @@ class Peers(Protocol):
         payload: Callable[[str], bytes],
         deadline_seconds: float,
     ) -> Iterator[tuple[str, bytes | Refusal]]:
-        """Answers in the order of their arrival; ends when all are in or the deadline has passed."""
+        """Answers as they arrive; ends when all are in or the deadline has passed."""
 
 
 def sample(names: Sequence[str], fraction: float, seed: int, round: int) -> list[str]:
@@ -63,8 +66,15 @@ def sample(names: Sequence[str], fraction: float, seed: int, round: int) -> list
 class Coordinator:
     """Runs a strategy for `config.rounds.count` rounds, from wherever the journal stands."""
 
-    def __init__(self, config: Config, strategy: Strategy, journal: Journal, peers: Peers,
-                 transforms: Sequence[Transform] = (), observer: Observer = lambda event: None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        config: Config,
+        strategy: Strategy,
+        journal: Journal,
+        peers: Peers,
+        transforms: Sequence[Transform] = (),
+        observer: Observer = lambda event: None,
+    ) -> None:
         self.config, self.strategy, self.journal, self.peers = config, strategy, journal, peers
         self.transforms, self.observer = transforms, observer
         self.state = self._resume()
@@ -75,7 +85,6 @@ class Coordinator:
             return unpack_state(last[1])
         state = self.strategy.init(self.config.rounds.seed)
         self.state = state
-        self.peers.names()
         self.journal.close_round(0, pack_state(state), {"round": 0, **self.measure(0)})
         return state
 
@@ -122,24 +131,37 @@ class Coordinator:
         sent = self.strategy.broadcast(self.state, self.turn(number, cohort))
         bytes_down = self._collect(number, cohort, sent)
         total, figures = self._combine(number, cohort, sent)
-        turn = self.turn(number, cohort)
         if total.weight > 0:
-            self.state = self.strategy.step(self.state, total, turn)
+            self._step(total, self.turn(number, cohort))
             figures |= self.state.data
         metrics = {"round": number, "bytes_down": bytes_down, **figures, **self._evaluate(number)}
         self.journal.close_round(number, pack_state(self.state), metrics)
+        self.journal.prune(_KEPT_ROUNDS)
         self.observer(Event("round_closed", number, metrics))
+
+    def _step(self, total: Update, turn: Turn) -> None:
+        """The next state; finite updates whose combination is not leave the state as it was."""
+        state = self.strategy.step(self.state, total, turn)
+        try:
+            require_finite(state.tensors, "the combination of all")
+        except UpdateError as error:
+            self._notice(turn.round, f"round {turn.round} changes nothing: {error}")
+            return
+        self.state = state
+
+    def _notice(self, number: int, text: str) -> None:
+        self.observer(Event("notice", number, {"text": text}))
 
     def _collect(self, number: int, cohort: Sequence[str], sent: Update) -> int:
         """Ask whoever has not answered yet; the bytes of what was sent out."""
         answered = {*self.journal.contributions(number), *self.journal.refusals(number)}
         groups = self.peers.together(cohort)
         asked = [name for group in groups if not answered.issuperset(group) for name in group]
-        sizes = []
+        sizes: dict[str, int] = {}
 
         def payload(name: str) -> bytes:
             data = pack_update(sent, turn=turn_to_json(self.turn(number, cohort, name)))
-            sizes.append(len(data))
+            sizes[name] = len(data)
             return data
 
         for name, reply in self.peers.ask(
@@ -147,8 +169,7 @@ class Coordinator:
         ):
             if name not in answered:
                 self._receive(number, name, reply, sent, cohort)
-        size = max(sizes) if sizes else len(payload(cohort[0]))
-        return size * len(cohort)
+        return sum(sizes[name] if name in sizes else len(payload(name)) for name in cohort)
 
     def _receive(
         self, number: int, name: str, reply: bytes | Refusal, sent: Update, cohort: Sequence[str]
@@ -160,15 +181,14 @@ class Coordinator:
             update = check_contribution(
                 reply, self.strategy.template(sent, self.turn(number, cohort, name)), name
             )
+            if not self.journal.receive(number, name, reply):
+                return  # the same bytes once more
         except (UpdateError, FormatError) as error:
             self.journal.refuse(number, name, str(error))
             self.observer(Event("refused", number, {"client": name, "reason": str(error)}))
             return
-        self.journal.receive(number, name, reply)
-        notes = {
-            key: update.notes[key] for key in ("loss", "examples", "tokens") if key in update.notes
-        }
-        self.observer(Event("contribution", number, {"client": name, "bytes": len(reply), **notes}))
+        told = {"client": name, "bytes": len(reply), **_figures(update)}
+        self.observer(Event("contribution", number, told))
 
     def _combine(
         self, number: int, cohort: Sequence[str], sent: Update
@@ -178,10 +198,9 @@ class Coordinator:
         refusals = self.journal.refusals(number)
         least = max(1, math.ceil(self.config.rounds.quorum * len(cohort) - 1e-9))
         if len(digests) < least:
-            why = "; ".join(f"{name}: {reason}" for name, reason in sorted(refusals.items()))
             raise QuorumError(
-                f"round {number} has {len(digests)} of {len(cohort)} contributions, its quorum is {least}",
-                why or "the others did not answer before the deadline",
+                f"round {number} has {len(digests)} of {len(cohort)} contributions, quorum {least}",
+                _absences(cohort, digests, refusals),
             )
         turn = self.turn(number, cohort)
         reducer, losses, bytes_up = self.strategy.reducer(turn), {}, 0
@@ -190,16 +209,20 @@ class Coordinator:
                 data = self.journal.payload(digests[name])
                 update, _ = unpack_update(data)
                 reducer.fold(to_server(self.transforms, update, sent, turn))
-                losses[name] = update.notes.get("loss")
+                losses[name] = _figures(update).get("loss")
                 bytes_up += len(data)
         total = reducer.total()
         figures = self.strategy.report(total, turn) if total.weight > 0 else {}
         figures = {**figures, **total.notes}
         missing = [name for name in cohort if name not in digests and name not in refusals]
         return total, {
-            "bytes_up": bytes_up, "train_loss": losses, "contributions": len(digests),
-            "refused": refusals, "missing": missing, **figures,
-        }  # fmt: skip
+            "bytes_up": bytes_up,
+            "train_loss": losses,
+            "contributions": len(digests),
+            "refused": refusals,
+            "missing": missing,
+            **figures,
+        }
 
     def _evaluate(self, number: int) -> dict[str, Any]:
         """Held-out losses with the new state: each participant's, and the mean over all tokens."""
@@ -211,23 +234,52 @@ class Coordinator:
     def measure(self, number: int) -> dict[str, Any]:
         """Ask all participants to measure what they would use after round `number`."""
         sent = self.strategy.broadcast(self.state, self.turn(number))
-        answers: dict[str, Mapping[str, Any]] = {}
+        answers: dict[str, Measured] = {}
 
         def payload(name: str) -> bytes:
             return pack_update(sent, turn=turn_to_json(self.turn(number, (), name)))
 
         deadline = self.config.rounds.deadline_seconds
         for name, reply in self.peers.ask("evaluate", self.peers.names(), payload, deadline):
-            if (
-                not isinstance(reply, Refusal)
-                and (notes := unpack_update(reply)[0].notes)["tokens"]
-            ):
-                answers[name] = notes
-        tokens = sum(answer["tokens"] for answer in answers.values())
+            try:
+                answers[name] = _measured(reply, name)
+            except (UpdateError, FormatError) as error:
+                self._notice(number, f"{name} is not in the held-out loss: {error}")
+        kept = [(name, answers[name]) for name in sorted(answers) if answers[name].tokens]
+        tokens = sum(answer.tokens for _, answer in kept)
         if not tokens:
             return {}
-        mean = (
-            sum(answers[name]["loss"] * answers[name]["tokens"] for name in sorted(answers))
-            / tokens
-        )
-        return {"loss": mean, "losses": {name: answers[name]["loss"] for name in sorted(answers)}}
+        mean = sum(answer.loss * answer.tokens for _, answer in kept) / tokens
+        return {"loss": mean, "losses": {name: answer.loss for name, answer in kept}}
+
+
+def _figures(update: Update) -> dict[str, float]:
+    """What a client says of its training, as far as it is numbers."""
+    told = {key: update.notes.get(key) for key in ("loss", "examples", "tokens")}
+    return {key: value for key, value in told.items() if isinstance(value, int | float)}
+
+
+def _measured(reply: bytes | Refusal, who: str) -> Measured:
+    """A client's held-out loss.  Raises UpdateError or FormatError where it is not one."""
+    if isinstance(reply, Refusal):
+        raise UpdateError(str(reply))
+    notes = unpack_update(reply)[0].notes
+    loss, tokens = notes.get("loss"), notes.get("tokens")
+    if not (
+        isinstance(loss, int | float) and abs(loss) < 1e300 and type(tokens) is int and tokens >= 0
+    ):
+        raise UpdateError(f"{who} answered without a loss and its number of tokens")
+    return Measured(float(loss), tokens)
+
+
+def _absences(
+    cohort: Sequence[str], arrived: Mapping[str, str], refusals: Mapping[str, str], most: int = 8
+) -> str:
+    """Who of a cohort did not contribute and why, in one line."""
+    reasons = [
+        f"{name}: {refusals.get(name, 'no answer before the deadline')}"
+        for name in cohort
+        if name not in arrived
+    ]
+    more = [f"and {len(reasons) - most} more"] if len(reasons) > most else []
+    return "; ".join(reasons[:most] + more)

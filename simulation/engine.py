@@ -7,7 +7,7 @@ runs a strategy over it in a run's folder, from the start or from wherever its j
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,10 +29,12 @@ from ..client.trainer import Trainer
 from ..config import Config, write
 from ..errors import ConfigError, DataError
 from ..events import Event, EventLog, Observer, tee
+from ..identity import own_identity
 from ..journal import Journal, RunIdentity
 from ..nano import FOLDER as NANO
 from ..peft_adapters.bank import Bank
 from ..peft_adapters.layout import Site, Tree
+from ..peft_adapters.manifest import Provenance, write_manifest
 from ..peft_adapters.peft_format import save_adapter
 from ..server.app import GridPeers
 from ..server.app import build as build_server_app
@@ -43,6 +45,9 @@ from ..strategies.registry import make
 from ..strategies.transforms import make_transforms
 from .fused import Rendezvous
 from .grid import LocalGrid
+
+Progress = Callable[[int], None]
+"""Told how many client-steps have been made since it was last told."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,9 @@ class Lab:
     participants: tuple[Participant, ...]
     truncated: Mapping[str, int]  # rows that were too long, by participant
 
-    def trainer(self, config: Config) -> Trainer:
+    def trainer(self, config: Config, progress: Progress = lambda steps: None) -> Trainer:
         pad = self.base.tokenizer.pad_token_id
-        return Trainer(self.bank, config.clients, 0 if pad is None else int(pad))
+        return Trainer(self.bank, config.clients, 0 if pad is None else int(pad), progress)
 
     def strategy(self, config: Config) -> Strategy:
         return make(config.strategy.name, config.strategy.options, self.layers, config.model.rank)
@@ -73,9 +78,15 @@ def open_lab(config: Config) -> Lab:
         torch.set_num_threads(config.simulation.threads)
     model, data = config.model, config.data
     silos = load_silos(
-        data.source, partition=data.partition, participants=data.participants, alpha=data.dirichlet_alpha,
-        seed=config.rounds.seed, chunk=data.chunk, train_rows=data.train_rows, held_out_rows=data.held_out_rows,
-    )  # fmt: skip
+        data.source,
+        partition=data.partition,
+        participants=data.participants,
+        alpha=data.dirichlet_alpha,
+        seed=config.rounds.seed,
+        chunk=data.chunk,
+        train_rows=data.train_rows,
+        held_out_rows=data.held_out_rows,
+    )
     base = load_base(model.base, dtype=model.dtype, quantize=model.quantize, device=model.device)
     layers = sites(base.model, model.targets)
     check_rank(model.rank, layers)
@@ -101,7 +112,8 @@ def check_rank(rank: int, layers: Sequence[Site]) -> None:
     for site in layers:
         if rank > min(site.rows, site.columns):
             raise ConfigError(
-                f"[model] rank = {rank} is larger than layer {site.name} ({site.rows} x {site.columns})",
+                f"[model] rank = {rank} is more than layer {site.name} has"
+                f" ({site.rows} x {site.columns})",
                 f"at most {min(min(s.rows, s.columns) for s in layers)}",
             )
 
@@ -137,9 +149,11 @@ class Result:
 def environment() -> dict[str, str]:
     """What bit-for-bit equality depends on besides the settings."""
     return {
-        "torch": torch.__version__, "threads": str(torch.get_num_threads()),
-        "cpu": torch.backends.cpu.get_cpu_capability(), "cuda": str(torch.version.cuda and torch.cuda.is_available()),
-    }  # fmt: skip
+        "torch": torch.__version__,
+        "threads": str(torch.get_num_threads()),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cuda": str(torch.version.cuda and torch.cuda.is_available()),
+    }
 
 
 def simulate(
@@ -148,6 +162,7 @@ def simulate(
     lab: Lab | None = None,
     observer: Observer = lambda event: None,
     disk: Disk | None = None,
+    progress: Progress = lambda steps: None,
 ) -> Result:
     """Run, or go on with, the federation that `config` describes; its traces are in `folder`.
 
@@ -163,14 +178,20 @@ def simulate(
         log = EventLog(folder / "events.jsonl")
         keep_metrics = _metrics_writer(journal, folder, disk)
         try:
-            _run(config, folder, lab, journal, tee(log, keep_metrics, observer), disk)
+            _run(config, folder, lab, journal, tee(log, keep_metrics, observer), disk, progress)
         finally:
             log.close()
         return Result(folder, tuple(journal.metrics()), tuple(journal.notices))
 
 
 def _run(
-    config: Config, folder: Path, lab: Lab, journal: Journal, observer: Observer, disk: Disk
+    config: Config,
+    folder: Path,
+    lab: Lab,
+    journal: Journal,
+    observer: Observer,
+    disk: Disk,
+    progress: Progress,
 ) -> None:
     observer(
         Event(
@@ -181,7 +202,8 @@ def _run(
     )
     for notice in journal.notices:
         observer(Event("notice", 0, {"text": notice}))
-    strategy, trainer = lab.strategy(config), lab.trainer(config)
+    signer = own_identity()  # before the long work
+    strategy, trainer = lab.strategy(config), lab.trainer(config, progress)
     transforms = make_transforms(config.clients.clip_update, config.clients.wire)
     group = config.simulation.group if config.simulation.engine == "fused" else 1
     meeting = Rendezvous(trainer)
@@ -196,6 +218,7 @@ def _run(
         coordinator = Coordinator(config, strategy, journal, peers, transforms, observer)
         state = coordinator.run()
         export(lab, config, strategy.export(state), folder / "adapter", journal.run_id, disk)
+        write_manifest(folder, signer, provenance(config, lab, journal), disk)
         if strategy.personal:
             for member in members:
                 sent = strategy.broadcast(state, coordinator.turn(config.rounds.count))
@@ -235,8 +258,24 @@ def export(lab: Lab, config: Config, tree: Tree, folder: Path, run_id: str, disk
     )
 
 
+def provenance(config: Config, lab: Lab, journal: Journal) -> Provenance:
+    """What the manifest says of this run."""
+    rows = journal.metrics()
+    return Provenance(
+        run_id=journal.run_id,
+        base_digest=lab.base.digest,
+        config_digest=config.digest(),
+        strategy=config.strategy.name,
+        rounds=config.rounds.count,
+        participants=len(lab.participants),
+        seed=config.rounds.seed,
+        base_loss=rows[0].get("loss"),
+        loss=rows[-1].get("loss"),
+    )
+
+
 def _metrics_writer(journal: Journal, folder: Path, disk: Disk) -> Observer:
-    """Keeps metrics.jsonl equal to the journal: written whole, so that no crash can leave it torn."""
+    """Keeps metrics.jsonl equal to the journal: written whole, so no crash can leave it torn."""
 
     def keep(event: Event) -> None:
         if event.kind in ("run_started", "round_closed"):

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 from ..client.task import Participant, answer
 from ..client.trainer import Trainer
-from ..errors import UpdateError
 from ..strategies.base import Answer, Request, Sgd
 
 
@@ -70,8 +69,8 @@ class Rendezvous:
         if len(jobs) > 1:
             try:
                 return dict(zip(posted, self._trainer.sgd(jobs), strict=True))
-            except UpdateError:
-                pass  # found again below, alone and by name
+            except Exception:
+                pass  # found again below, alone and by name; nobody may be left waiting
         return {name: self._alone(person, request) for name, (person, request) in posted.items()}
 
     def _alone(self, person: Participant, request: Request) -> Answer | BaseException:

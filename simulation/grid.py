@@ -50,8 +50,14 @@ class LocalGrid(Grid):
             "the local grid has no Flower run: meadow's run id is in the journal"
         )
 
-    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str,
-                       ttl: float | None = None) -> Message:  # fmt: skip
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
         return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -103,6 +109,9 @@ class LocalGrid(Grid):
 
 def _context(node: int, nodes: int) -> Context:
     return Context(
-        run_id=1, node_id=node, node_config={"partition-id": node - 1, "num-partitions": nodes},
-        state=RecordDict(), run_config={},
-    )  # fmt: skip
+        run_id=1,
+        node_id=node,
+        node_config={"partition-id": node - 1, "num-partitions": nodes},
+        state=RecordDict(),
+        run_config={},
+    )

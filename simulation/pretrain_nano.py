@@ -48,21 +48,34 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
         model_max_length=CONTEXT,
-    )  # fmt: skip
+    )
 
 
 def build_model() -> LlamaForCausalLM:
     """3.7 M parameters: 7.5 MB in bf16."""
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=256, intermediate_size=576, num_hidden_layers=5,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT,
-            tie_word_embeddings=True, rms_norm_eps=1e-5, rope_theta=10000.0, initializer_range=0.02,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            intermediate_size=576,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            rms_norm_eps=1e-5,
+            rope_theta=10000.0,
+            initializer_range=0.02,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
         )
-    )  # fmt: skip
+    )
 
 
 def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
@@ -115,14 +128,15 @@ def learning_rate(step: int, steps: int, warmup: int = 100, decay: float = 0.4) 
 
 
 def orthogonalize(momenta: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """Nearest semi-orthogonal matrices of a stack (k, m, n), by a quintic Newton-Schulz iteration."""
+    """Nearest semi-orthogonal matrices of a stack (k, m, n), by quintic Newton-Schulz."""
     wide = momenta.shape[-2] <= momenta.shape[-1]
     x = momenta if wide else momenta.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(iterations):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x if wide else x.mT
+    result: torch.Tensor = x if wide else x.mT
+    return result
 
 
 class Muon(torch.optim.Optimizer):
@@ -166,8 +180,14 @@ def optimizers_of(
     ]
 
 
-def train(model: LlamaForCausalLM, sources: list[tuple[Iterator[torch.Tensor], int]], steps: int,
-          muon: float, adamw: float, held: torch.Tensor) -> list[dict[str, float]]:  # fmt: skip
+def train(
+    model: LlamaForCausalLM,
+    sources: list[tuple[Iterator[torch.Tensor], int]],
+    steps: int,
+    muon: float,
+    adamw: float,
+    held: torch.Tensor,
+) -> list[dict[str, float]]:
     optimizers = optimizers_of(model, muon, adamw)
     compiled = torch.compile(model)
     peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
@@ -229,14 +249,21 @@ def main() -> None:
     model = build_model()
     parameters = sum(p.numel() for p in model.parameters())
     history = train(model, sources, options.steps, options.muon, options.adamw, streams[2])
-    save(model, tokenizer, options.out, {
-        "command": f"python -m meadow.simulation.pretrain_nano --steps {options.steps} --batch {options.batch}"
-        f" --seed {options.seed} --muon {options.muon} --adamw {options.adamw} --threads {options.threads}",
-        "python": platform.python_version(), "torch": torch.__version__, "parameters": parameters,
-        "tokens_seen": options.steps * options.batch * CONTEXT,
-        "characters_per_token": sum(map(len, held)) / len(streams[2]),
-        "history": history,
-    })  # fmt: skip
+    save(
+        model,
+        tokenizer,
+        options.out,
+        {
+            "command": "python -m meadow.simulation.pretrain_nano "
+            + " ".join(f"--{key} {value}" for key, value in vars(options).items() if key != "out"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "parameters": parameters,
+            "tokens_seen": options.steps * options.batch * CONTEXT,
+            "characters_per_token": sum(map(len, held)) / len(streams[2]),
+            "history": history,
+        },
+    )
 
 
 if __name__ == "__main__":

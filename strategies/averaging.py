@@ -52,9 +52,9 @@ class Averaging(Strategy):
     """FedAvg over the factors that `moving` names."""
 
     server_optimizer: Kind = option("avg", "avg, avgm (FedAvgM) or adam (FedAdam)")
-    server_lr: float = option(0.0, "0: the server optimiser's customary rate")
-    server_momentum: float = option(0.9, "beta1 of avgm and adam")
-    proximal: float = option(0.0, "FedProx's mu on the clients (0 = off)")
+    server_lr: float = option(0.0, "0: the server optimiser's customary rate", 0)
+    server_momentum: float = option(0.9, "beta1 of avgm and adam", 0)
+    proximal: float = option(0.0, "FedProx's mu on the clients (0 = off)", 0)
     keep_optimizer: bool = option(False, "clients keep their AdamW state between rounds")
 
     def moving(self, turn: Turn) -> tuple[str, ...]:
@@ -86,10 +86,15 @@ class Averaging(Strategy):
         """Local training of the moving factors, continuing this client's cursor and schedule."""
         kept = under("optimizer", memory.tensors) if self.keep_optimizer else None
         return Sgd(
-            self.start(received, memory, turn), turn.steps, side=self.side(received),
-            first_step=memory.data.get("steps", 0), total_steps=turn.total_steps, train=self.moving(turn),
-            optimizer=kept or None, proximal=self.proximal,
-        )  # fmt: skip
+            self.start(received, memory, turn),
+            turn.steps,
+            side=self.side(received),
+            first_step=memory.data.get("steps", 0),
+            total_steps=turn.total_steps,
+            train=self.moving(turn),
+            optimizer=kept or None,
+            proximal=self.proximal,
+        )
 
     def share(self, trained: Trained, turn: Turn) -> Tree:
         """What of the trained adapter is sent."""

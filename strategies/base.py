@@ -24,11 +24,13 @@ from ..peft_adapters.layout import Site, Tree
 Json = Any  # what json.dumps takes
 
 
-def option(default: Any, about: str) -> Any:
-    """A field of a strategy that run.toml may set, with the text that help shows."""
+def option(default: Any, about: str, least: float | None = None) -> Any:
+    """A field of a strategy that run.toml may set, with the text that help shows and, for a
+    number, the least value allowed."""
+    metadata = {"about": about, "least": least}
     if isinstance(default, dict):
-        return field(default_factory=dict, metadata={"about": about})
-    return field(default=default, metadata={"about": about})
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ class Strategy(ABC):
         """How updates are combined."""
         return Mean()
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 (not abstract: most have nothing to check)
         """Raise ConfigError, in a sentence, for options that contradict each other."""
 
     def report(self, total: Update, turn: Turn) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""DiLoCo: many inner AdamW steps whose state stays with the client, an outer optimiser at the coordinator.
+"""DiLoCo: many inner AdamW steps, their optimiser's state kept by the client, and outer steps.
 
     Delta = mean_i(theta - theta_i)
     average    theta -= Delta
@@ -37,10 +37,10 @@ class DiLoCo(Strategy):
     outer: Literal["auto", "average", "sgd", "nesterov"] = option(
         "auto", "auto, average, sgd or nesterov"
     )
-    outer_lr: float = option(0.0, "0: by the number of clients (scaling-law table)")
-    outer_momentum: float = option(0.9, "nesterov's mu")
-    ramp: int = option(10, "rounds over which mu rises from 0")
-    long_run: int = option(50, "auto: from so many rounds on, nesterov")
+    outer_lr: float = option(0.0, "0: by the number of clients (scaling-law table)", 0)
+    outer_momentum: float = option(0.9, "nesterov's mu", 0)
+    ramp: int = option(10, "rounds over which mu rises from 0", 0)
+    long_run: int = option(50, "auto: from so many rounds on, nesterov", 1)
     freeze_a: bool = option(False, "train and send B only")
 
     def check(self) -> None:
@@ -68,9 +68,13 @@ class DiLoCo(Strategy):
     def work(self, received: Update, memory: State, turn: Turn) -> Work:
         done = memory.data.get("steps", 0)
         trained = yield Sgd(
-            received.tensors, turn.steps, done, turn.total_steps,
-            train=self.moving, optimizer=under("inner", memory.tensors) or None,
-        )  # fmt: skip
+            received.tensors,
+            turn.steps,
+            done,
+            turn.total_steps,
+            train=self.moving,
+            optimizer=under("inner", memory.tensors) or None,
+        )
         delta = {
             n: received.tensors[n] - t for n, t in select(trained.adapter, self.moving).items()
         }

@@ -13,7 +13,9 @@ from .base import Mean, Reducer, Update
 
 class FactorSum(Reducer):
     """`total()` holds `product.left/<module>` (out, c) and `product.right/<module>` (c, in), whose
-    product is the weighted mean of B A, and the plain means of the factors where their shapes agree."""
+    product is the weighted mean of B A, and, with `means`, the plain means of the factors, whose
+    shapes then have to agree.  Its note `discarded` bounds the Frobenius norm, over all layers, of
+    the error that the cut to `width` columns has caused."""
 
     def __init__(self, width: int, means: bool = True) -> None:
         self._means = Mean() if means else None
@@ -39,8 +41,8 @@ class FactorSum(Reducer):
             left, right = product.factors()
             tensors[f"product.left/{module}"] = left / self._weight
             tensors[f"product.right/{module}"] = right
-        discarded = sum(product.discarded for product in self._products.values()) / self._weight**2
-        return Update(tensors, self._weight, self._count, {"discarded": discarded})
+        lost = sum(product.discarded for product in self._products.values()) ** 0.5
+        return Update(tensors, self._weight, self._count, {"discarded": lost / self._weight})
 
     @staticmethod
     def product(total: Update) -> Tree:

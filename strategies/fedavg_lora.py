@@ -5,7 +5,7 @@ a covariance.  `refine` says what to do about it:
 
     none         nothing (FedIT, Zhang et al. 2023, arXiv 2305.05644)
     product_svd  the best rank-r factors of the exact mean product, by QR of the stacked factors and
-                 a small SVD (FlexLoRA's aim, Bai et al. 2024, arXiv 2402.11505, without ever forming
+                 a small SVD (FlexLoRA's aim, Bai et al. 2024, arXiv 2402.11505, without forming
                  the full matrix), turned by Procrustes towards the previous factors; mixed ranks
     rotate       each client turns its factors towards the global ones before sending (FedRot-LoRA,
                  arXiv 2602.23638): products unchanged, a plain sum suffices
@@ -33,13 +33,14 @@ class FedAvgLora(Averaging):
     paper: ClassVar[str] = "arXiv 2305.05644"
     summary: ClassVar[str] = "factors averaged; exact product by QR + SVD, or rotation, on top"
     mixed_ranks: ClassVar[bool] = True
+    secure_sum: ClassVar[bool] = False  # product_svd, the default, needs each client's product
 
     refine: Literal["none", "product_svd", "rotate"] = option(
         "product_svd", "none, product_svd or rotate"
     )
-    rotation: float = option(0.5, "rotate: how far towards the global factors (0 to 1)")
+    rotation: float = option(0.5, "rotate: how far towards the global factors (0 to 1)", 0)
     ranks: dict[str, int] = option({}, "product_svd: smaller ranks of some participants, by name")
-    width: int = option(512, "columns of the streaming product before it is compressed")
+    width: int = option(512, "columns of the streaming product before it is compressed", 1)
 
     def check(self) -> None:
         if self.ranks and self.refine != "product_svd":
@@ -47,8 +48,12 @@ class FedAvgLora(Averaging):
                 'mixed ranks need refine = "product_svd": factors of unequal shape have no mean'
             )
         if self.ranks and (self.keep_optimizer or self.optimizer.keeps_moments):
-            raise ConfigError("mixed ranks change a client's coordinates each round, so no moments can be kept",
-                              "server_optimizer = \"avg\" and keep_optimizer = false")  # fmt: skip
+            raise ConfigError(
+                "mixed ranks change a client's coordinates each round: no moments can be kept",
+                'server_optimizer = "avg" and keep_optimizer = false',
+            )
+        if self.rotation > 1:
+            raise ConfigError(f"fedavg_lora's rotation is {self.rotation:g}", "from 0 to 1")
         if any(not 0 < rank <= self.rank for rank in self.ranks.values()):
             raise ConfigError(
                 f"ranks of participants must be from 1 to the model's rank, {self.rank}"
@@ -64,8 +69,9 @@ class FedAvgLora(Averaging):
         rank = self.ranks.get(turn.client, self.rank)
         return {
             f"{site.name}.{factor}": site.shape(factor, rank)
-            for site in self.sites for factor in self.moving(turn)
-        }  # fmt: skip
+            for site in self.sites
+            for factor in self.moving(turn)
+        }
 
     def work(self, received: Update, memory: State, turn: Turn) -> Work:
         update, after = yield from super().work(received, memory, turn)
@@ -100,7 +106,7 @@ def exact_factors(total: Update, previous: Tree, rank: int) -> Tree:
         )
         b, a = refactor(left, right, rank)
         b, a = align(b, a, previous[f"{module}.lora_B"], previous[f"{module}.lora_A"])
-        tree[f"{module}.lora_A"], tree[f"{module}.lora_B"] = a, b
+        tree[f"{module}.lora_A"], tree[f"{module}.lora_B"] = a.float(), b.float()
     return tree
 
 

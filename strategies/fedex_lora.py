@@ -26,7 +26,7 @@ class FedExLora(Averaging):
     summary: ClassVar[str] = "averaged factors plus the exact residual in a side adapter"
     secure_sum: ClassVar[bool] = False
 
-    width: int = option(128, "largest rank of the residual; beyond it the weakest directions go")
+    width: int = option(128, "largest rank of the residual; beyond it the weakest directions go", 1)
 
     def check(self) -> None:
         if self.optimizer.keeps_moments or self.optimizer.rate != 1.0:

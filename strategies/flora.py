@@ -31,7 +31,7 @@ class FLora(Strategy):
 
     ranks: dict[str, int] = option({}, "smaller ranks of some participants, by name")
     width: int = option(
-        128, "largest rank of the side adapter; beyond it the weakest directions go"
+        128, "largest rank of the side adapter; beyond it the weakest directions go", 1
     )
 
     def check(self) -> None:

@@ -6,9 +6,14 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+import torch
+
 from ..errors import FormatError, UpdateError
 from ..wire import decode, encode, require_finite
 from .base import Json, State, Turn, Update
+
+SENT = (torch.float32, torch.bfloat16)
+"""What [clients] wire allows.  A finite float64 could be infinite once it is rounded."""
 
 
 def pack_update(update: Update, **header: Json) -> bytes:
@@ -30,6 +35,8 @@ def check_contribution(data: bytes, expect: Mapping[str, tuple[int, ...]], who: 
     update = _update(tensors, meta)
     if not (math.isfinite(update.weight) and 0 <= update.weight <= 1e9) or update.count != 1:
         raise UpdateError(f"{who}: weight {update.weight} or count {update.count} cannot be true")
+    if any(tensor.dtype not in SENT for tensor in update.tensors.values()):
+        raise UpdateError(f"{who}: only float32 and bfloat16 tensors are accepted")
     require_finite(update.tensors, who)
     return update
 
@@ -37,7 +44,7 @@ def check_contribution(data: bytes, expect: Mapping[str, tuple[int, ...]], who: 
 def _update(tensors: dict[str, Json], meta: Json) -> Update:
     try:
         weight, count, notes = float(meta["weight"]), int(meta["count"]), dict(meta["notes"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FormatError("a message lacks its weight, count or notes") from error
     return Update(tensors, weight, count, notes)
 

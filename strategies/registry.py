@@ -39,12 +39,13 @@ def make(
         raise ConfigError(f"unknown strategy {name!r}", _nearest(name, list(STRATEGIES)))
     kind = STRATEGIES[name]
     hints = get_type_hints(kind)
-    known = [part.name for part in options_of(kind)]
+    parts = {part.name: part for part in options_of(kind)}
     values = {}
     for key, value in options.items():
-        if key not in known:
-            raise ConfigError(f"strategy {name} has no option {key!r}", _nearest(key, known))
-        values[key] = checked(value, hints[key], f"[strategy] {key}")
+        if key not in parts:
+            raise ConfigError(f"strategy {name} has no option {key!r}", _nearest(key, list(parts)))
+        least = parts[key].metadata["least"]
+        values[key] = checked(value, hints[key], f"[strategy] {key}", least)
     strategy = kind(sites=tuple(sites), rank=rank, **values)
     strategy.check()
     return strategy

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..errors import UpdateError
 from .base import Turn, Update
 
 
@@ -42,9 +43,16 @@ class Clip(Transform):
             for name, tensor in update.tensors.items()
             if name in reference.tensors and not update.notes.get("delta", False)
         }
+        if any(update.tensors[name].shape != tensor.shape for name, tensor in base.items()):
+            raise UpdateError(
+                "clip_update cannot tell what changed in an adapter of another rank than was sent",
+                "[clients] clip_update = 0, or equal ranks",
+            )
         change = {n: t - base[n] if n in base else t for n, t in update.tensors.items()}
-        norm = torch.stack([tensor.double().norm() for tensor in change.values()]).norm()
-        factor = float(min(1.0, self.bound / max(float(norm), 1e-30)))
+        norm = float(torch.stack([tensor.double().norm() for tensor in change.values()]).norm())
+        if not norm > self.bound:
+            return update  # to the bit: base + (t - base) would round
+        factor = self.bound / norm
         clipped = {n: factor * t + base[n] if n in base else factor * t for n, t in change.items()}
         return replace(update, tensors=clipped)
 

@@ -1,4 +1,4 @@
-"""nano: the small llama that travels inside the package, so that a fresh clone needs no download."""
+"""nano: the small llama inside the package, so that a fresh clone needs no download."""
 
 from __future__ import annotations
 

@@ -83,10 +83,12 @@ def test_a_record_of_someone_else_is_refused(outbox: Outbox, tmp_path: Path) -> 
     bob = Outbox(tmp_path, "bob", RUN)
     bob.record(1, b"payload", b"memory")
     first, second = files(tmp_path)
-    second.write_bytes(first.read_bytes())
-    first.write_bytes(first.read_bytes())
-    with pytest.raises(JournalError, match="damaged"):
-        outbox.pending(1), bob.pending(1)
+    first.rename(tmp_path / "aside")
+    second.rename(first)
+    (tmp_path / "aside").rename(second)
+    for swapped in (outbox, bob):
+        with pytest.raises(JournalError, match="damaged"):
+            swapped.pending(1)
 
 
 @pytest.mark.parametrize("run_id", ["", "../x", "ABC", "a" * 65, "a\n"])

@@ -1,6 +1,6 @@
 """A run that stops at any step of any disk, in any way, ends as if it had never stopped.
 
-A small federation (two clients with memory, one that sends NaN, a pruning coordinator) runs over
+A small federation (clients with memory, one that sends NaN, a coordinator that prunes) runs over
 Journal and Outbox.  Every primitive step that its disks take is numbered.  The run is then ended
 at each number in each way below, and started again with the same command.
 
@@ -39,9 +39,8 @@ from meadow.store import Disk
 from meadow.wire import decode, encode, require_finite
 
 IDENTITY = RunIdentity("config", "base", {"torch": "2.13"})
-COHORT = ("ada", "eve", "bob")
-HONEST = ("ada", "bob")
-ROUNDS = 2
+COHORTS = {1: ("bob", "eve"), 2: ("bob", "ada")}  # eve sends NaN; only bob comes back
+HONEST = ("bob", "ada")
 
 
 # The federation
@@ -64,7 +63,7 @@ def answer(client: str, number: int, state: bytes, memory: bytes | None) -> tupl
     """A client's momentum step: payload and new memory."""
     x = decode(state)[0]["x"]
     momentum = decode(memory)[0]["m"] if memory else torch.zeros(3)
-    momentum = 0.9 * momentum + torch.sin(x * (1 + len(client)) + COHORT.index(client) + number)
+    momentum = 0.9 * momentum + torch.sin(x * (1 + len(client)) + ord(client[0]) + number)
     sent = momentum if client in HONEST else torch.full((3,), float("nan"))
     return encode({"u": sent}, {"nonce": secrets.token_hex(8)}), encode({"m": momentum}, None)
 
@@ -82,9 +81,9 @@ def participate(outbox: Outbox, client: str, number: int, state: bytes, ledger: 
 def play(journal: Journal, state: bytes, number: int, clients: Clients, ledger: Ledger) -> None:
     """One round, from wherever it was left."""
     if journal.current() is None:
-        journal.open_round(number, COHORT)
+        journal.open_round(number, COHORTS[number])
     done = journal.contributions(number).keys() | journal.refusals(number).keys()
-    for client in COHORT:
+    for client in COHORTS[number]:
         outbox = Outbox(clients.folder, client, journal.run_id, clients.disk)
         if client not in done:
             payload = participate(outbox, client, number, state, ledger)
@@ -110,7 +109,7 @@ def federate(root: Path, server: Disk, client: Disk, ledger: Ledger) -> bytes:
         while True:
             journal.prune(1)
             number, state = journal.last() or (0, b"")
-            if number == ROUNDS:
+            if number == len(COHORTS):
                 journal.note("finished", True)
                 return state
             play(journal, state, number + 1, Clients(root / "outboxes", client), ledger)
@@ -136,15 +135,17 @@ class Numbered(Disk):
         self.root = root
         self.undo = undo or []
         self.count = 0
+        self.tearable: list[int] = []  # steps that can be taken in part
         self.torn_log: tuple[str, int] | None = None  # where a torn commit left the database's log
 
     def step(
         self,
         real: Callable[[], None],
-        torn: Callable[[], None] = lambda: None,
+        torn: Callable[[], None] | None = None,
         full: Callable[[], None] | None = None,
     ) -> None:
         self.count += 1
+        self.tearable += [self.count] if torn else []
         real()
 
     def connect(self, path: Path) -> sqlite3.Connection:
@@ -238,7 +239,7 @@ class Faulty(Numbered):
     def step(
         self,
         real: Callable[[], None],
-        torn: Callable[[], None] = lambda: None,
+        torn: Callable[[], None] | None = None,
         full: Callable[[], None] | None = None,
     ) -> None:
         self.count += 1
@@ -246,8 +247,9 @@ class Faulty(Numbered):
             return real()
         if self.way == "full":
             return (full or no_space)()
-        if self.way in ("torn", "after"):
-            (torn if self.way == "torn" else real)()
+        effect = {"torn": torn, "after": real}.get(self.way)
+        if effect:
+            effect()
         self.crash()
 
     def crash(self) -> None:
@@ -302,14 +304,14 @@ def roots(tmp_path: Path) -> Iterator[Path]:
     return generate()
 
 
-def steps(tmp_path: Path, side: str) -> int:
-    """How many steps `side` takes in a run that nothing ends."""
+def steps(tmp_path: Path, side: str = "both", way: str = "") -> list[int]:
+    """The steps of `side`, in a run that nothing ends, at which this kind of fault is possible."""
     tmp_path.mkdir()
     disk = Numbered(tmp_path)
     server, client = sides(disk, side)
     federate(tmp_path, server, client, Ledger())
     shutil.rmtree(tmp_path)
-    return disk.count
+    return disk.tearable if way == "torn" else list(range(1, disk.count + 1))
 
 
 def sides(disk: Numbered, side: str) -> tuple[Disk, Disk]:
@@ -337,11 +339,10 @@ def finish(root: Path, ledger: Ledger, expected: bytes) -> None:
     assert federate(root, Numbered(root), Numbered(root), ledger) == expected
     assert len(ledger.receipts) == len(set(ledger.receipts))
     with Journal.open(root / "run", IDENTITY, Numbered(root)) as journal:
-        assert [metrics["round"] for metrics in journal.metrics()] == list(range(ROUNDS + 1))
+        assert [metrics["round"] for metrics in journal.metrics()] == [0, *COHORTS]
         assert journal.get("finished") is True
-        for number in range(1, ROUNDS + 1):
-            assert list(journal.contributions(number)) == list(HONEST)
-            assert list(journal.refusals(number)) == ["eve"]
+        assert [list(journal.contributions(number)) for number in COHORTS] == [["bob"], [*HONEST]]
+        assert [list(journal.refusals(number)) for number in COHORTS] == [["eve"], []]
         assert not list((root / "run").rglob("*.draft"))
         assert len(list((root / "run" / "blobs").iterdir())) == 1 + len(HONEST)
 
@@ -350,9 +351,9 @@ def finish(root: Path, ledger: Ledger, expected: bytes) -> None:
     "way", ["before", "torn", "power", "full", pytest.param("after", marks=pytest.mark.long)]
 )
 def test_any_step(tmp_path: Path, roots: Iterator[Path], expected: bytes, way: str) -> None:
-    count = steps(tmp_path / "count", "both")
-    assert count > 60
-    for at, root in zip(range(1, count + 1), roots, strict=False):
+    places = steps(tmp_path / "count", way=way)
+    assert len(places) >= (15 if way == "torn" else 60)
+    for at, root in zip(places, roots, strict=False):
         ledger = Ledger()
         finish(interrupt(Faulty(root, at, way), "both", ledger), ledger, expected)
 
@@ -362,7 +363,7 @@ def test_one_machine_loses_power(
     tmp_path: Path, roots: Iterator[Path], expected: bytes, side: str
 ) -> None:
     """The other machine keeps all that it wrote: neither may know what the other forgot."""
-    for at, root in zip(range(1, steps(tmp_path / "count", side) + 1), roots, strict=False):
+    for at, root in zip(steps(tmp_path / "count", side), roots, strict=False):
         ledger = Ledger()
         finish(interrupt(Faulty(root, at, "power"), side, ledger), ledger, expected)
 
@@ -376,15 +377,15 @@ def killed_then_cut(root: Path, first: int, second: int, ledger: Ledger) -> Path
 
 @pytest.mark.parametrize(
     "seconds",
-    [(5,), pytest.param(tuple(range(1, 24)), marks=pytest.mark.long)],
+    [(5,), pytest.param((1, 2, 3, 4, 6, 8, 11, 15, 20), marks=pytest.mark.long)],
     ids=["few", "many"],
 )
 def test_a_power_cut_after_a_crash(
     tmp_path: Path, roots: Iterator[Path], expected: bytes, seconds: tuple[int, ...]
 ) -> None:
     """What a predecessor wrote but did not sync is not taken for durable."""
-    count = steps(tmp_path / "count", "both")
-    pairs = [(first, second) for first in range(1, count - 24) for second in seconds]
+    firsts = steps(tmp_path / "count")[:-24]
+    pairs = [(first, second) for first in firsts for second in seconds]
     for (first, second), root in zip(pairs, roots, strict=False):
         ledger = Ledger()
         finish(killed_then_cut(root, first, second, ledger), ledger, expected)
@@ -406,7 +407,7 @@ def test_a_careless_disk_would_be_noticed(
 ) -> None:
     """The proof has teeth: leave out either fsync, and some step ends in a loss."""
     noticed = False
-    for at, root in zip(range(30, steps(tmp_path / "count", "both") + 1, 5), roots, strict=False):
+    for at, root in zip(steps(tmp_path / "count")[30::5], roots, strict=False):
         ledger = Ledger()
         survivor = interrupt(careless(root, at, "power"), "both", ledger)
         try:
@@ -422,7 +423,7 @@ def test_sigkill_at_any_step(tmp_path: Path, expected: bytes) -> None:
     command = [sys.executable, __file__, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 120
+    assert int(done.stdout) > 75
 
 
 def kill_at_every_step(folder: Path) -> int:

@@ -1,0 +1,297 @@
+"""The command line: `meadow demo | simulate | init | strategies | bench`.
+
+Only here is anything printed.  A user's mistake is one line on standard error and status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__
+from .config import Config, load, options_of, write
+from .display import Display, bytes_text, seconds_text
+from .errors import ConfigError, MeadowError, StorageError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    options = build_parser().parse_args(arguments)
+    console = Console(stderr=True)
+    try:
+        report = options.run(options, console)
+        if options.json is not None:
+            _write_json(options.json, report)
+    except MeadowError as error:
+        console.print(
+            f"meadow: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
+        return 2
+    except KeyboardInterrupt:
+        console.print("meadow: stopped; the same command continues where it was", soft_wrap=True)
+        return 130
+    return 0
+
+
+def _write_json(path: Path, report: Any) -> None:
+    try:
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="meadow", description="Federated and decentralized fine-tuning of language models."
+    )
+    parser.add_argument("--version", action="version", version=f"meadow {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = _command(
+        commands, "demo", _demo, "fine-tune the embedded model across several participants"
+    )
+    demo.add_argument(
+        "--quick", action="store_true", help="two participants, two rounds: half a minute"
+    )
+    demo.add_argument("--out", type=Path, default=Path("meadow-demo"), help="the run's folder")
+    demo.add_argument("--threads", type=int, default=0, help="torch threads (0: torch's choice)")
+
+    run = _command(
+        commands, "simulate", _simulate, "run, or continue, the federation of a run.toml"
+    )
+    run.add_argument("config", type=Path, metavar="run.toml")
+    run.add_argument("--out", type=Path, help="the run's folder (default: runs/NAME)")
+    run.add_argument(
+        "--baselines", action="store_true", help="also train alone and centralised, and compare"
+    )
+
+    init = _command(commands, "init", _init, "write an annotated run.toml")
+    init.add_argument("file", type=Path, nargs="?", default=Path("run.toml"), metavar="run.toml")
+    init.add_argument("--out", type=Path, help="the folder to write it into")
+    init.add_argument("--strategy", default="fedavg_lora", help="whose options to include")
+
+    listing = _command(
+        commands, "strategies", _strategies, "list the algorithms, their bytes and options"
+    )
+    listing.add_argument("--out", type=Path, help="also write the table there, as strategies.md")
+
+    bench = _command(commands, "bench", _bench, "measure, and write a table")
+    bench.add_argument("name", choices=["strategies", "refine"])
+    bench.add_argument("--out", type=Path, default=Path("bench"), help="folder for the tables")
+    bench.add_argument(
+        "--model", default="", help="base model (default: stories260K of MEADOW_MODELS)"
+    )
+    bench.add_argument("--seeds", type=int, default=3, help="how many seeds")
+    bench.add_argument("--only", default="", help="comma-separated cases to run")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, about: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about)
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the result there, as JSON"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _demo(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from .simulation import demo
+
+    config = demo.QUICK if options.quick else demo.FULL
+    config = config.replace(simulation={"threads": options.threads})
+    folder = demo.free_folder(options.out)
+    steps = demo.planned_steps(config, config.data.participants)
+    with Display(console, steps) as display:
+        report = demo.run(config, folder, demo.Demo(display, display.advance, display.enter))
+    _print_demo(report, Console())
+    return report
+
+
+def _print_demo(report: dict[str, Any], console: Console) -> None:
+    table = Table(title="held-out loss (mean over tokens)", title_justify="left")
+    table.add_column("")
+    names = sorted(report["losses"]["federated"])
+    for name in names:
+        table.add_column(name, justify="right")
+    table.add_column("everyone", justify="right", style="bold")
+    losses = report["losses"]
+    rows: tuple[tuple[str, dict[str, float], float | None], ...] = (
+        ("base", losses["base"], report["base_loss"]),
+        ("trained alone, on its own text", losses["alone, own text"], None),
+        ("trained alone, on everyone's", losses["alone, everyone's text"], report["local_loss"]),
+        ("federated", losses["federated"], report["federated_loss"]),
+        ("centralised", {}, report["centralised_loss"]),
+    )
+    for label, by_name, mean in rows:
+        cells = [f"{by_name[name]:.3f}" if name in by_name else "" for name in names]
+        table.add_row(label, *cells, "" if mean is None else f"{mean:.3f}")
+    console.print(table)
+    sample = report["sample"]
+    console.print(f"[bold]unseen text of {sample['participant']}[/]")
+    console.print(sample["prompt"], markup=False, highlight=False)
+    for when in ("before", "after"):
+        console.print(f"[bold]... as the model goes on {when}[/]")
+        console.print(sample[when], markup=False, highlight=False)
+    console.print(
+        f"share of centralised training's improvement: [bold]{report['share']:.2f}[/]; "
+        f"sent {bytes_text(report['bytes_up'])} up, {bytes_text(report['bytes_down'])} down; "
+        f"{seconds_text(report['seconds'])} min"
+    )
+    console.print(
+        f"read back by plain peft + transformers: {report['peft_loss']:.4f} "
+        f"(federated: {report['federated_loss']:.4f})"
+    )
+    console.print(f"adapter: {report['adapter']}", soft_wrap=True)
+
+
+def _simulate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from .simulation import baselines
+    from .simulation.engine import open_lab, simulate
+
+    config = load(options.config)
+    folder = options.out or Path("runs") / options.config.stem
+    with Display(console) as display:
+        display.enter("loading")
+        lab = open_lab(config)
+        once = baselines.cohort_size(lab, config) * config.rounds.count * config.clients.steps
+        display.steps = once * (2 + 2 * len(baselines.GRID)) if options.baselines else once
+        display.enter("federated")
+        result = simulate(config, folder, lab, display, progress=display.advance)
+        report: dict[str, Any] = {
+            "base_loss": result.base_loss,
+            "federated_loss": result.loss,
+            "losses": result.losses,
+            "bytes_up": result.total("bytes_up"),
+            "bytes_down": result.total("bytes_down"),
+            "adapter": str(result.adapter),
+            "notices": list(result.notices),
+        }
+        if options.baselines:
+            report |= _compare(lab, config, display, result.base_loss, result.loss)
+    _print_result(report, Console())
+    return report
+
+
+def _compare(
+    lab: Any, config: Config, display: Display, base: float, federated: float
+) -> dict[str, Any]:
+    from .simulation import baselines
+
+    display.enter("alone")
+    alone = baselines.local_only(lab, config, display.advance)
+    display.enter("centralised")
+    pooled = baselines.centralised(lab, config, baselines.grid_of(config), display.advance)
+    return {
+        "local_loss": alone.loss,
+        "local_own_loss": alone.own_loss,
+        "centralised_loss": pooled.loss,
+        "share": baselines.share(base, federated, pooled.loss),
+    }
+
+
+def _print_result(report: dict[str, Any], console: Console) -> None:
+    table = Table(title="held-out loss (mean over tokens)", title_justify="left")
+    table.add_column("")
+    table.add_column("loss", justify="right")
+    for name, loss in sorted(report["losses"].items()):
+        table.add_row(name, f"{loss:.4f}")
+    for label, key in (
+        ("everyone, base", "base_loss"),
+        ("everyone, trained alone", "local_loss"),
+        ("everyone, federated", "federated_loss"),
+        ("everyone, centralised", "centralised_loss"),
+    ):
+        if key in report:
+            table.add_row(f"[bold]{label}", f"[bold]{report[key]:.4f}")
+    console.print(table)
+    console.print(
+        f"sent {bytes_text(report['bytes_up'])} up, {bytes_text(report['bytes_down'])} down"
+    )
+    console.print(f"adapter: {report['adapter']}", soft_wrap=True)
+
+
+def _init(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from .strategies.registry import STRATEGIES, make
+    from .strategies.registry import options_of as strategy_options
+
+    make(options.strategy, {})
+    path = (options.out or Path()) / options.file
+    if path.exists():
+        raise ConfigError(f"{path} exists", "name another file, or delete it")
+    defaults = {
+        name: default
+        for part in strategy_options(STRATEGIES[options.strategy])
+        for name, default, _ in options_of(STRATEGIES[options.strategy])
+        if name == part.name
+    }
+    config = Config().replace(strategy={"name": options.strategy, "options": defaults})
+    try:
+        path.write_text(write(config, about=True), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+    Console().print(f"wrote {path}; `meadow simulate {path}` runs it", soft_wrap=True)
+    return {"path": str(path)}
+
+
+def _strategies(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    from .simulation.strategy_table import markdown, rows
+
+    found = rows()
+    table = Table(
+        title="strategies (bytes a client and round, at nano's shape with the default rank)"
+    )
+    for heading in (
+        "name",
+        "what",
+        "paper",
+        "up",
+        "down",
+        "mixed ranks",
+        "quantised base",
+        "secure sum",
+        "DP",
+    ):
+        table.add_column(heading)
+    for row in found:
+        table.add_row(
+            row["name"],
+            row["summary"],
+            row["paper"],
+            bytes_text(row["bytes_up"]),
+            bytes_text(row["bytes_down"]),
+            *(
+                "yes" if row[key] else "no"
+                for key in ("mixed_ranks", "quantized_base", "secure_sum")
+            ),
+            row["dp"],
+        )
+    Console().print(table)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "strategies.md").write_text(markdown(found), encoding="utf-8")
+    return found
+
+
+def _bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from .simulation import bench
+
+    with Display(console) as display:
+        report, text = bench.run(
+            options.name, options.out, options.model, options.seeds, options.only, display.enter
+        )
+    Console().print(text, markup=False, highlight=False)
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""The table of algorithms, from the code: for `meadow strategies`, the README and the docs.
+
+Bytes are measured, not written down: a strategy packs its real messages at nano's shape, with
+random answers in the trainer's place.  Sizes depend on shapes alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..client.task import drive
+from ..nano import FOLDER
+from ..peft_adapters.layout import Site
+from ..strategies.base import Answer, Request, Sgd, State, Strategy, Trained, Turn
+from ..strategies.messages import pack_update, turn_to_json
+from ..strategies.registry import STRATEGIES, make
+
+RANK, CLIENTS = 8, 8
+_ROUNDS = 4  # after so many the side adapters have reached their width
+
+Row = dict[str, Any]
+
+
+def rows() -> list[Row]:
+    """One row a strategy.  Bytes are of one client's message in one round: the most, and under
+    `least_…` the least, over the rounds."""
+    return [dict(_row(kind)) for kind in STRATEGIES.values()]
+
+
+@cache
+def _row(kind: type[Strategy]) -> Row:
+    up, down = measured_bytes(make(kind.name, {}, nano_sites(), RANK))
+    return {
+        "name": kind.name,
+        "file": Path(inspect.getfile(kind)).name,
+        "summary": kind.summary,
+        "paper": kind.paper,
+        "lines": lines_of_code(inspect.getsource(sys.modules[kind.__module__])),
+        "bytes_up": max(up),
+        "bytes_down": max(down),
+        "least_bytes_up": min(up),
+        "least_bytes_down": min(down),
+        "mixed_ranks": kind.mixed_ranks,
+        "quantized_base": True,  # all: base weights are never written
+        "secure_sum": kind.secure_sum,
+        "dp": kind.dp,
+        "personal": kind.personal,
+    }
+
+
+_HEADS = (
+    "strategy", "lines", "paper", "what it does", "KB up", "KB down", "mixed ranks",
+    "quantised base", "secure sum", "DP", "personal",
+)  # fmt: skip
+
+
+def markdown(found: Sequence[Row], folder: str = "strategies/") -> str:
+    """The table as Markdown; `folder` leads from the page to the strategies' files."""
+    heads = " | ".join(_HEADS)
+    lines = [f"| {heads} |", "|---" * len(_HEADS) + "|"]
+    lines += [f"| {' | '.join(_cells(row, folder))} |" for row in found]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: Row, folder: str) -> list[str]:
+    flags = {key: "yes" if value else "no" for key, value in row.items()}
+    arxiv = row["paper"].removeprefix("arXiv ")
+    return [
+        f"[`{row['name']}`]({folder}{row['file']})", str(row["lines"]),
+        f"[{row['paper']}](https://arxiv.org/abs/{arxiv})", row["summary"],
+        _kilobytes(row, "bytes_up"), _kilobytes(row, "bytes_down"), flags["mixed_ranks"],
+        flags["quantized_base"], flags["secure_sum"], row["dp"], flags["personal"],
+    ]  # fmt: skip
+
+
+def _kilobytes(row: Row, key: str) -> str:
+    least, most = (f"{row[name] / 1000:,.0f}" for name in (f"least_{key}", key))
+    return least if least == most else f"{least}–{most}"
+
+
+def lines_of_code(source: str) -> int:
+    """Lines that hold code: neither blank nor of a comment or docstring."""
+    prose: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            prose |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return sum(
+        bool(line.strip()) and not line.lstrip().startswith("#") and number not in prose
+        for number, line in enumerate(source.splitlines(), start=1)
+    )
+
+
+# --- bytes -------------------------------------------------------------------------------------
+
+
+def nano_sites(folder: Path = FOLDER) -> tuple[Site, ...]:
+    """The linear layers of nano, or of another llama, from its config alone."""
+    return sites_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+
+
+def sites_of(shape: Mapping[str, Any]) -> tuple[Site, ...]:
+    """The linear layers of a llama of this config, as (name, out, in), sorted by name."""
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    kv = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    layers = {
+        "mlp.down_proj": (hidden, inner),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.v_proj": (kv, hidden),
+    }
+    names = {
+        f"model.layers.{number}.{name}": sizes
+        for number in range(shape["num_hidden_layers"])
+        for name, sizes in layers.items()
+    }
+    return tuple(Site(name, *names[name]) for name in sorted(names))
+
+
+def measured_bytes(strategy: Strategy) -> tuple[list[int], list[int]]:
+    """(up, down): bytes that one client sends and receives in each of some rounds."""
+    state, memories = strategy.init(1), [State() for _ in range(CLIENTS)]
+    generator = torch.Generator().manual_seed(1)
+    up, down = [], []
+    for number in range(1, _ROUNDS + 1):
+        turn = Turn(number, _ROUNDS, 1)
+        sent, reducer = strategy.broadcast(state, turn), strategy.reducer(turn)
+        for client, memory in enumerate(memories):
+            own = Turn(number, _ROUNDS, 1, client=f"client-{client}")
+            work = strategy.work(sent, memory, own)
+            update, memories[client] = drive(work, lambda asked: _moved(asked, generator))
+            reducer.fold(update)
+        down.append(len(pack_update(sent, turn=turn_to_json(own))))
+        up.append(len(pack_update(update)))
+        state = strategy.step(state, reducer.total(), turn)
+    return up, down
+
+
+def _moved(request: Request, generator: torch.Generator) -> Answer:
+    """A training that moved every number somewhere."""
+    assert isinstance(request, Sgd)
+    adapter = {
+        name: tensor + torch.randn(tensor.shape, generator=generator)
+        if name.endswith(request.train) else tensor
+        for name, tensor in request.adapter.items()
+    }  # fmt: skip
+    return Trained(adapter, {}, loss=1.0, examples=100, tokens=1000)

@@ -1,0 +1,54 @@
+"""The benchmark's arithmetic and pages; the figures themselves are measured, not asserted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meadow.config import Config
+from meadow.errors import DataError
+from meadow.simulation import baselines, bench
+from meadow.simulation.engine import Lab
+
+PAGES = Path(__file__).parents[2] / "docs" / "benchmarks"
+
+
+@pytest.mark.parametrize("name", ["strategies", "refine"])
+def test_the_page_in_the_docs_is_what_the_report_says(name: str) -> None:
+    report = json.loads((PAGES / f"{name}.json").read_text())
+    assert (PAGES / f"{name}.md").read_text() == bench.page(report)
+    assert {"bench", "hardware", "commit", "rows"} <= set(report)
+    for row in report["rows"]:
+        assert {"case", "value", "unit", "baseline", "ratio"} <= set(row)
+
+
+def test_rows_are_means_and_half_ranges_over_the_seeds() -> None:
+    losses = {"base": [4.0, 4.0], "alone": [3.5, 3.5], "centralised": [2.0, 3.0], "x": [3.0, 3.2]}
+    rows = {row["case"]: row for row in bench._rows("c", losses, {"x": [0.1]}, {"x": 8})}
+    assert rows["c/x"]["value"] == pytest.approx((0.5 + 0.8) / 2)
+    assert rows["c/x"]["spread"] == pytest.approx(0.15)
+    assert rows["c/x"]["loss"] == pytest.approx(3.1) and rows["c/x"]["bytes_up"] == 8
+    assert rows["c/centralised"]["value"] == 1.0 and rows["c/base"]["value"] == 0.0
+
+
+def test_baselines_spend_the_federations_work(lab: Lab, tiny: Config) -> None:
+    made: list[int] = []
+    pooled = baselines.centralised(lab, tiny, [1e-2, 2e-2], made.append)
+    work = len(lab.participants) * tiny.rounds.count * tiny.clients.steps
+    assert sum(made) == 4 * work, "two ways at two rates, each the federation's whole work"
+    assert len(pooled.tried) == 4 and pooled.loss == min(pooled.tried.values())
+    made.clear()
+    alone = baselines.local_only(lab, tiny, made.append)
+    assert sum(made) == work and set(alone.losses) == {person.name for person in lab.participants}
+
+
+def test_missing_text_and_unknown_cases_are_clear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEADOW_DATA", str(tmp_path))
+    silent: Any = lambda phase: None  # noqa: E731
+    with pytest.raises(DataError, match="MEADOW_DATA"):
+        bench.run("strategies", tmp_path, "nano", 1, "", silent)
