@@ -74,6 +74,7 @@ class Trainer:
         self.bank, self.recipe, self.pad, self.progress = bank, recipe, pad, progress
         self.device = next(bank.model.parameters()).device
         self.micro = recipe.micro_batch or recipe.batch
+        self.evaluated = 32  # rows a forward pass without gradients
         self._cache: dict[tuple[str, int, int], Slots] = {}
 
     def sgd(self, jobs: Sequence[Job]) -> list[Trained]:
@@ -119,17 +120,21 @@ class Trainer:
             for index, job in enumerate(jobs)
         ]
 
-    def loss(self, request: Loss, examples: Sequence[Example], rows: int = 32) -> Measured:
+    def loss(self, request: Loss, examples: Sequence[Example]) -> Measured:
         """Mean loss over the response tokens of `examples` (0 where there are none)."""
         slots = self._load("measure", [request.adapter], rank_of(request.adapter))
         slots.train(())
         ordered = sorted(examples, key=lambda example: len(example.ids))
-        total, tokens = 0.0, 0
+        total, tokens = 0.0, response_tokens(examples)
         with self._in_use(slots, [request.side]), torch.no_grad():
-            for start in range(0, len(ordered), rows):
-                chunk = ordered[start : start + rows]
-                total += float(self._token_losses(chunk).double().sum())
-                tokens += response_tokens(chunk)
+            while ordered:
+                chunk = ordered[: self.evaluated]
+                try:
+                    total += float(self._token_losses(chunk).double().sum())
+                except RuntimeError as error:
+                    self.evaluated = self._halved(self.evaluated, "evaluated batch", error)
+                    continue
+                ordered = ordered[len(chunk) :]
         return Measured(total / max(tokens, 1), tokens)
 
     def _batch(self, job: Job, step: int) -> list[Example]:
@@ -149,10 +154,8 @@ class Trainer:
             try:
                 losses = self._accumulate(batches)
                 break
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                self._shrink(error)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                self.micro = self._halved(self.micro, "micro-batch", error)
         for job, loss in zip(jobs, losses.tolist(), strict=True):
             if not math.isfinite(loss):
                 raise UpdateError(
@@ -173,18 +176,21 @@ class Trainer:
             losses += means.detach().double().cpu()
         return losses
 
-    def _shrink(self, error: BaseException) -> None:
-        if self.micro == 1:
+    def _halved(self, rows: int, what: str, error: RuntimeError) -> int:
+        """Half as many rows for the next try; any other fault than lack of memory is raised."""
+        if not _is_out_of_memory(error):
+            raise error
+        if rows == 1:
             raise ModelError(
-                "not enough memory for a micro-batch of one row",
+                f"not enough memory for a {what} of one row",
                 "a smaller model, [data] max_length or quantised base",
             ) from error
-        self.micro = (self.micro + 1) // 2
         log.warning(
-            "out of memory: micro-batch is now %d rows, the effective batch unchanged", self.micro
+            "out of memory: %s is now %d rows; results stay the same", what, (rows + 1) // 2
         )
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        return (rows + 1) // 2
 
     def _token_losses(self, rows: Sequence[Example]) -> Tensor:
         """Loss at every position (rows, length - 1), zero outside the response."""

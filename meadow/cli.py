@@ -1,4 +1,4 @@
-"""The command line: `meadow demo | simulate | init | strategies | bench`.
+"""The command line: `meadow demo | simulate | evaluate | init | strategies | bench`.
 
 Only here is anything printed.  A user's mistake is one line on standard error and status 2.
 """
@@ -74,9 +74,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--baselines", action="store_true", help="also train alone and centralised, and compare"
     )
 
+    evaluate = _command(commands, "evaluate", _evaluate, "measure an adapter on held-out rows")
+    evaluate.add_argument("config", type=Path, metavar="run.toml", help="names base and data")
+    evaluate.add_argument("adapter", type=Path, help="a PEFT LoRA adapter's folder")
+
     init = _command(commands, "init", _init, "write an annotated run.toml")
     init.add_argument("file", type=Path, nargs="?", default=Path("run.toml"), metavar="run.toml")
     init.add_argument("--out", type=Path, help="the folder to write it into")
+    init.add_argument("--data", default="nano", help="your text: file, folder or datasets:NAME")
     init.add_argument("--strategy", default="fedavg_lora", help="whose options to include")
 
     listing = _command(
@@ -220,6 +225,25 @@ def _print_result(report: dict[str, Any], console: Console) -> None:
     console.print(f"adapter: {report['adapter']}", soft_wrap=True)
 
 
+def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from .simulation.engine import measure, open_lab
+
+    config = load(options.config)
+    with Display(console) as display:
+        display.enter("loading")
+        lab = open_lab(config)
+        display.enter("measuring")
+        report = measure(lab, config, options.adapter)
+    table = Table(title="held-out loss (mean over tokens)", title_justify="left")
+    for heading in ("", "base", "adapter"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, (base, adapted) in sorted(report["losses"].items()):
+        table.add_row(name, f"{base:.4f}", f"{adapted:.4f}")
+    table.add_row("[bold]everyone", f"{report['base_loss']:.4f}", f"[bold]{report['loss']:.4f}")
+    Console().print(table)
+    return report
+
+
 def _init(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .strategies.registry import STRATEGIES, make
     from .strategies.registry import options_of as strategy_options
@@ -234,7 +258,9 @@ def _init(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         for name, default, _ in options_of(STRATEGIES[options.strategy])
         if name == part.name
     }
-    config = Config().replace(strategy={"name": options.strategy, "options": defaults})
+    config = Config().replace(
+        data={"source": options.data}, strategy={"name": options.strategy, "options": defaults}
+    )
     try:
         path.write_text(write(config, about=True), encoding="utf-8")
     except OSError as error:

@@ -33,14 +33,14 @@ from ..identity import own_identity
 from ..journal import Journal, RunIdentity
 from ..nano import FOLDER as NANO
 from ..peft_adapters.bank import Bank
-from ..peft_adapters.layout import Site, Tree
+from ..peft_adapters.layout import FACTORS, Site, Tree
 from ..peft_adapters.manifest import Provenance, write_manifest
-from ..peft_adapters.peft_format import save_adapter
+from ..peft_adapters.peft_format import load_adapter, save_adapter
 from ..server.app import GridPeers
 from ..server.app import build as build_server_app
 from ..server.coordinator import Coordinator
 from ..store import Disk
-from ..strategies.base import Answer, Request, Strategy
+from ..strategies.base import Answer, Loss, Request, Strategy
 from ..strategies.registry import make
 from ..strategies.transforms import make_transforms
 from .fused import Rendezvous
@@ -71,9 +71,8 @@ class Lab:
 
 def open_lab(config: Config) -> Lab:
     """Load everything that `config` names.  Raises ModelError, DataError or ConfigError."""
-    make(
-        config.strategy.name, config.strategy.options, (), config.model.rank
-    )  # before the long work
+    strategy = config.strategy
+    make(strategy.name, strategy.options, (), config.model.rank)  # mistakes show before long work
     if config.simulation.threads:
         torch.set_num_threads(config.simulation.threads)
     model, data = config.model, config.data
@@ -90,6 +89,7 @@ def open_lab(config: Config) -> Lab:
     base = load_base(model.base, dtype=model.dtype, quantize=model.quantize, device=model.device)
     layers = sites(base.model, model.targets)
     check_rank(model.rank, layers)
+    check_length(data.max_length, base)
     modules = tuple(name for name, _ in base.model.named_modules())
     bank = Bank(base.model, layers, config.scaling)
     participants, truncated = [], {}
@@ -105,6 +105,16 @@ def open_lab(config: Config) -> Lab:
             "no participant has held-out rows, so nothing can be measured", "at least two rows each"
         )
     return Lab(base, bank, tuple(layers), modules, tuple(participants), truncated)
+
+
+def check_length(max_length: int, base: Base) -> None:
+    """Refuse rows longer than the model's context."""
+    context = getattr(base.model.config, "max_position_embeddings", None)
+    if isinstance(context, int) and max_length > context:
+        raise ConfigError(
+            f"[data] max_length = {max_length} is more than the context of {base.name}",
+            f"at most {context}",
+        )
 
 
 def check_rank(rank: int, layers: Sequence[Site]) -> None:
@@ -241,6 +251,31 @@ def _run(
 
 def _alone(person: Participant, trainer: Trainer, request: Request) -> Answer:
     return answer(request, person, trainer)
+
+
+def measure(lab: Lab, config: Config, adapter: Path) -> dict[str, Any]:
+    """Held-out losses of the base and of a PEFT adapter, by participant and over all tokens.
+
+    Raises AdapterError for an adapter that is malformed, not finite or made for other layers.
+    """
+    loaded = load_adapter(adapter, sites=lab.layers)
+    blank = {
+        f"{site.name}.{factor}": torch.zeros(site.shape(factor, loaded.rank))
+        for site in lab.layers
+        for factor in FACTORS
+    }
+    rescaled = blank | {
+        name: tensor * (loaded.scaling / lab.bank.scaling) if name.endswith("lora_B") else tensor
+        for name, tensor in loaded.tree.items()
+    }
+    trainer, losses, sums, tokens = lab.trainer(config), {}, [0.0, 0.0], 0
+    for person in lab.participants:
+        if person.held_out:
+            found = [trainer.loss(Loss(tree), person.held_out) for tree in (blank, rescaled)]
+            losses[person.name] = [answer.loss for answer in found]
+            tokens += found[0].tokens
+            sums = [total + f.loss * f.tokens for total, f in zip(sums, found, strict=True)]
+    return {"base_loss": sums[0] / tokens, "loss": sums[1] / tokens, "losses": losses}
 
 
 def export(lab: Lab, config: Config, tree: Tree, folder: Path, run_id: str, disk: Disk) -> None:

@@ -86,7 +86,7 @@ class DiLoCo(Strategy):
     def step(self, state: State, total: Update, turn: Turn) -> State:
         x, v = under("x", state.tensors), under("v", state.tensors)
         rule = self.rule(turn)
-        lr = 1.0 if rule == "average" else self.outer_lr or outer_rate(total.count)
+        lr = 1.0 if rule == "average" else self.outer_lr or outer_rate(round(total.weight))
         mu = (
             self.outer_momentum * min(1.0, turn.round / max(1, self.ramp))
             if rule == "nesterov"

@@ -44,7 +44,7 @@ class Counting(Strategy):
 
     def work(self, received: Update, memory: State, turn: Turn) -> Work:
         before = memory.tensors.get("rounds", torch.zeros(1))
-        measured = yield Loss({})
+        measured = yield Loss({"rounds": before})
         return Update({"u": before * measured.loss}), State({"rounds": before + 1})
 
     def step(self, state: State, total: Update, turn: Turn) -> State:
@@ -63,10 +63,11 @@ class Counting(Strategy):
 class Responder:
     def __init__(self) -> None:
         self.requests: list[Request] = []
+        self.loss = 1.0
 
     def __call__(self, request: Request) -> Answer:
         self.requests.append(request)
-        return Measured(1.0, 5)
+        return Measured(self.loss, 5)
 
 
 def member(
@@ -105,8 +106,20 @@ def test_a_rehearsal_begins_with_the_memory_of_its_round(tmp_path: Path) -> None
     first, _ = member(tmp_path)
     for round in (1, 2, 3):
         sent = first.work(message(round))
-    assert member(tmp_path, rehearse=True)[0].work(message(3)) == sent
-    assert began_with(sent) == 2.0
+    again, respond = member(tmp_path, rehearse=True)
+    assert again.work(message(3)) == sent and began_with(sent) == 2.0
+    (request,) = respond.requests
+    assert isinstance(request, Loss) and request.adapter["rounds"].item() == 2.0
+
+
+def test_a_rehearsal_that_differs_changes_nothing(tmp_path: Path) -> None:
+    """Another machine may round differently: what was recorded is what is sent."""
+    first, _ = member(tmp_path)
+    first.work(message(1))
+    sent = first.work(message(2))
+    again, respond = member(tmp_path, rehearse=True)
+    respond.loss = 7.0
+    assert again.work(message(2)) == sent and began_with(sent) == 1.0
 
 
 @pytest.mark.parametrize("payload", [message(1, "bob"), message(1, "")])
@@ -153,6 +166,27 @@ def test_a_client_that_is_sampled_rarely_keeps_its_memory(tmp_path: Path) -> Non
         assert began_with(someone.work(message(round))) == own
         assert len(records(tmp_path)) <= 2
     assert records(tmp_path) == ["00000005.record", "00000009.record"]
+
+
+def test_what_stays_is_durable_before_anything_is_deleted(tmp_path: Path) -> None:
+    """Its writer may have died before syncing it; a disk may then keep the deletion alone."""
+
+    class Telling(Disk):
+        told: list[str] = []
+
+        def sync_folder(self, folder: Path) -> None:
+            self.told.append("sync")
+
+        def remove(self, path: Path) -> None:
+            self.told.append(f"remove {path.name}")
+
+    outbox = Outbox(tmp_path, "ada", RUN)
+    for round in (1, 2, 3):
+        outbox.record(round, b"payload", b"memory")
+    Outbox(tmp_path, "ada", RUN, Telling()).settle(3)
+    assert Telling.told == ["sync", "remove 00000001.record"]
+    Outbox(tmp_path, "ada", RUN, Telling()).settle(2)
+    assert len(Telling.told) == 2  # nothing to delete costs no step
 
 
 @settings(deadline=None, max_examples=30)

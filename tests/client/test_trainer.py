@@ -266,9 +266,18 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_else(
     assert tight.seen[:3] == [4, 2, 1] and set(tight.seen[3:]) == {1} and small.micro == 1
     assert distance(got.adapter, expected.adapter) <= 1e-6
     assert [record.message for record in caplog.records] == [
-        f"out of memory: micro-batch is now {rows} rows, the effective batch unchanged"
-        for rows in (2, 1)
+        f"out of memory: micro-batch is now {rows} rows; results stay the same" for rows in (2, 1)
     ]
+
+
+def test_out_of_memory_halves_the_evaluated_batch_too(bank: Bank) -> None:
+    adapter, examples = tree(bank.sites, 1), text(5)
+    expected = trainer(bank).loss(Loss(adapter), examples)
+    Tight(bank.model, 2, torch.OutOfMemoryError, "out of memory")
+    small = trainer(bank)
+    got = small.loss(Loss(adapter), examples)
+    assert got.tokens == expected.tokens and got.loss == pytest.approx(expected.loss, abs=1e-6)
+    assert small.evaluated == 2
 
 
 def test_memory_that_runs_out_within_a_batch_counts_no_row_twice(bank: Bank) -> None:
@@ -434,7 +443,9 @@ def test_the_training_loss_is_the_mean_over_steps(bank: Bank) -> None:
 @pytest.mark.parametrize("rows", [1, 3, 32])
 def test_the_measured_loss_is_the_mean_over_response_tokens(bank: Bank, rows: int) -> None:
     adapter, side, examples = tree(bank.sites, 1), tree(bank.sites, 2, 1), text(2)
-    measured = trainer(bank).loss(Loss(adapter, side), examples, rows)
+    measuring = trainer(bank)
+    measuring.evaluated = rows
+    measured = measuring.loss(Loss(adapter, side), examples)
     merged = llama()
     for part in (adapter, side):
         for site in bank.sites:

@@ -135,9 +135,26 @@ def test_simulate_writes_a_run_and_refuses_another_config_in_its_folder(
         "manifest.json",
     } <= {entry.name for entry in out.iterdir()}
     assert main(["simulate", str(path), "--out", str(out)]) == 0, "a finished run is read again"
+    assert main(["evaluate", str(path), str(out / "adapter"), "--json", str(report)]) == 0
+    measured = json.loads(report.read_text())
+    assert measured["loss"] == pytest.approx(found["federated_loss"], abs=1e-5)
+    assert measured["base_loss"] == pytest.approx(found["base_loss"], abs=1e-5)
     capsys.readouterr()
     path.write_text(path.read_text().replace("steps = 1", "steps = 2"))
     assert "another --out" in failure(capsys, "simulate", str(path), "--out", str(out))
+
+
+def test_an_adapter_that_is_not_finite_is_refused(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, path = tmp_path / "run", small(tmp_path, text)
+    assert main(["simulate", str(path), "--out", str(out)]) == 0
+    weights = out / "adapter" / "adapter_model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-4:] = b"\x00\x00\xc0\x7f"  # a float32 NaN
+    weights.write_bytes(raw)
+    capsys.readouterr()
+    assert "not finite" in failure(capsys, "evaluate", str(path), str(out / "adapter"))
 
 
 def test_strategies_lists_every_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,8 @@
 
 A small federation (clients with memory, one that sends NaN, a coordinator that prunes) runs over
 Journal and Outbox.  Every primitive step that its disks take is numbered.  The run is then ended
-at each number in each way below, and started again with the same command.
-
-    before, after   the process dies around the step; what was written stays
-    torn            it dies in the middle: half of a file, part of the database's log
-    power           it dies, and whatever was not synced is lost
-    full            the step fails as on a full disk, and space returns later
+at each number in each way that tests/helpers/faulty_disk.py knows, and started again with the same
+command.
 
 Each payload carries a random number, so that an answer computed twice is never mistaken for one
 that was sent twice.  Run as a program, this file is the long tier's child process: there SIGKILL
@@ -16,12 +12,10 @@ ends the run.
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +25,7 @@ from typing import BinaryIO, NamedTuple
 
 import pytest
 import torch
+from faulty_disk import Crash, Deadly, Faulty, Numbered
 
 from meadow.client.outbox import Outbox
 from meadow.errors import JournalError, StorageError, UpdateError
@@ -113,171 +108,6 @@ def federate(root: Path, server: Disk, client: Disk, ledger: Ledger) -> bytes:
                 journal.note("finished", True)
                 return state
             play(journal, state, number + 1, Clients(root / "outboxes", client), ledger)
-
-
-# The disks
-
-Undo = Callable[[Path], None]
-
-
-class Crash(BaseException):
-    """The process is gone."""
-
-
-class Numbered(Disk):
-    """Numbers its steps from 1; syncing takes no time, because what is lost is simulated.
-
-    `undo` holds, by the name of what would settle it, how to take back in a copy of `root` each
-    effect that is not yet durable.
-    """
-
-    def __init__(self, root: Path, undo: list[tuple[str, Undo]] | None = None) -> None:
-        self.root = root
-        self.undo = undo or []
-        self.count = 0
-        self.tearable: list[int] = []  # steps that can be taken in part
-        self.torn_log: tuple[str, int] | None = None  # where a torn commit left the database's log
-
-    def step(
-        self,
-        real: Callable[[], None],
-        torn: Callable[[], None] | None = None,
-        full: Callable[[], None] | None = None,
-    ) -> None:
-        self.count += 1
-        self.tearable += [self.count] if torn else []
-        real()
-
-    def connect(self, path: Path) -> sqlite3.Connection:
-        database = sqlite3.connect(path, isolation_level=None)
-        database.execute("PRAGMA synchronous = OFF")
-        database.execute("PRAGMA journal_mode = WAL")
-        return database
-
-    def name(self, path: Path) -> str:
-        return str(path.relative_to(self.root))
-
-    def settle(self, what: str) -> None:
-        self.undo = [(key, undo) for key, undo in self.undo if key != what]
-
-    def fill(self, file: BinaryIO, data: bytes) -> None:
-        name, half = self.name(Path(file.name)), data[: len(data) // 2]
-        self.undo.append((f"content {name}", lambda copy: os.truncate(copy / name, len(half))))
-
-        def full() -> None:
-            Disk.fill(self, file, half)
-            raise OSError(errno.ENOSPC, "injected")
-
-        self.step(lambda: Disk.fill(self, file, data), lambda: Disk.fill(self, file, half), full)
-
-    def sync(self, file: BinaryIO) -> None:
-        self.step(lambda: self.settle(f"content {self.name(Path(file.name))}"))
-
-    def sync_folder(self, folder: Path) -> None:
-        self.step(lambda: self.settle(f"names in {self.name(folder)}"))
-
-    def rename(self, draft: Path, path: Path) -> None:
-        def real() -> None:
-            old, new = self.name(draft), self.name(path)
-            self.renamed(old, new, self.name(path.parent))
-            Disk.rename(self, draft, path)
-
-        self.step(real)
-
-    def renamed(self, old: str, new: str, folder: str) -> None:
-        """Content that was not synced may be lost under the new name as well."""
-        if any(key == f"content {old}" for key, _ in self.undo):
-            self.settle(f"content {old}")
-            self.undo.append((f"content {new}", lambda copy: os.truncate(copy / new, 0)))
-        self.undo.append((f"names in {folder}", lambda copy: os.replace(copy / new, copy / old)))
-
-    def make(self, folder: Path) -> None:
-        def real() -> None:
-            if not folder.exists():
-                name, parent = self.name(folder), self.name(folder.parent)
-                self.undo.append((f"names in {parent}", lambda copy: shutil.rmtree(copy / name)))
-            Disk.make(self, folder)
-
-        self.step(real)
-
-    def remove(self, path: Path) -> None:
-        def real() -> None:
-            name, data = self.name(path), path.read_bytes()
-            key = f"names in {self.name(path.parent)}"
-            self.settle(f"content {name}")
-            self.undo.append((key, lambda copy: void((copy / name).write_bytes(data))))
-            Disk.remove(self, path)
-
-        self.step(real)
-
-    def commit(self, database: sqlite3.Connection) -> None:
-        log = Path(database.execute("PRAGMA database_list").fetchone()[2] + "-wal")
-
-        def torn() -> None:
-            before = log.stat().st_size
-            Disk.commit(self, database)
-            self.torn_log = self.name(log), (before + log.stat().st_size) // 2
-
-        def full() -> None:
-            error = sqlite3.OperationalError("database or disk is full")
-            error.sqlite_errorcode = sqlite3.SQLITE_FULL
-            raise error
-
-        self.step(lambda: Disk.commit(self, database), torn, full)
-
-
-class Faulty(Numbered):
-    """Has the fault `way` at the step `at`; a crash leaves a copy of `root` for the next start."""
-
-    def __init__(
-        self, root: Path, at: int, way: str, undo: list[tuple[str, Undo]] | None = None
-    ) -> None:
-        super().__init__(root, undo)
-        self.at, self.way = at, way
-        self.survivor = root.with_name(root.name + "+")
-
-    def step(
-        self,
-        real: Callable[[], None],
-        torn: Callable[[], None] | None = None,
-        full: Callable[[], None] | None = None,
-    ) -> None:
-        self.count += 1
-        if self.count != self.at:
-            return real()
-        if self.way == "full":
-            return (full or no_space)()
-        effect = {"torn": torn, "after": real}.get(self.way)
-        if effect:
-            effect()
-        self.crash()
-
-    def crash(self) -> None:
-        shutil.copytree(self.root, self.survivor)
-        if self.torn_log:
-            name, size = self.torn_log
-            os.truncate(self.survivor / name, size)
-        if self.way == "power":
-            for _, undo in reversed(self.undo):
-                undo(self.survivor)
-        raise Crash
-
-
-class Deadly(Faulty):
-    """Crashes in earnest, with a database that syncs."""
-
-    connect = Disk.connect
-
-    def crash(self) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def void(_: object) -> None:
-    """So that a lambda can call what returns something."""
-
-
-def no_space() -> None:
-    raise OSError(errno.ENOSPC, "injected")
 
 
 # The proof
@@ -421,7 +251,10 @@ def test_a_careless_disk_would_be_noticed(
 def test_sigkill_at_any_step(tmp_path: Path, expected: bytes) -> None:
     (tmp_path / "expected").write_bytes(expected)
     command = [sys.executable, __file__, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    helpers = {"PYTHONPATH": str(Path(__file__).parents[1] / "helpers")}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **helpers}
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 75
 
