@@ -67,20 +67,22 @@ REFINEMENTS = (
         {"refine": "product_svd", "server_optimizer": "adam"},
     ),
     Arm("diloco average", "diloco", {"outer": "average"}),
-    Arm("diloco nesterov, no ramp", "diloco", {"outer": "nesterov", "ramp": 1}),
     Arm("diloco nesterov, ramp 10", "diloco", {"outer": "nesterov", "ramp": 10}),
 )
 
 
-def _config(model: str, source: Path, **sections: dict[str, Any]) -> Config:
+def _config(
+    model: str, source: Path, rounds: dict[str, Any], clients: dict[str, Any], **data: Any
+) -> Config:
     if not source.exists():
         raise DataError(f"{source} does not exist", "set MEADOW_DATA to the folder that holds it")
-    config = Config().replace(
+    return Config().replace(
         model={"base": model},
-        data={"source": str(source), "max_length": 128, "held_out_rows": 16},
+        data={"source": str(source), "max_length": 96, "held_out_rows": 16, **data},
+        rounds=rounds,
+        clients=clients,
         simulation={"engine": "fused", "threads": 1},
     )
-    return config.replace(**sections)
 
 
 def tasks(model: str, data: Path) -> dict[str, Config]:
@@ -89,15 +91,15 @@ def tasks(model: str, data: Path) -> dict[str, Config]:
         "dolly_small": _config(
             model,
             data / "dolly_small.jsonl.gz",
-            rounds={"count": 12, "evaluate_every": 12},
-            clients={"steps": 8, "batch": 4, "lr": 1e-2},
+            rounds={"count": 8, "evaluate_every": 8},
+            clients={"steps": 8, "batch": 4, "lr": 3e-3},
         ),
         "tinyshakespeare": _config(
             model,
             data / "tinyshakespeare_speakers.jsonl.gz",
-            data={"participants": 16, "max_length": 128, "held_out_rows": 12},
-            rounds={"count": 12, "evaluate_every": 12},
-            clients={"steps": 6, "batch": 4, "lr": 1e-2},
+            participants=16,
+            rounds={"count": 8, "evaluate_every": 8},
+            clients={"steps": 6, "batch": 4, "lr": 3e-3},
         ),
     }
 
@@ -105,18 +107,14 @@ def tasks(model: str, data: Path) -> dict[str, Config]:
 def refine_task(model: str, data: Path) -> dict[str, Config]:
     """32 non-IID clients, a quarter of them in each round."""
     return {
-        "32 clients, 25 %": _config(
+        "32 clients, 25 % a round": _config(
             model,
             data / "dolly_small.jsonl.gz",
-            data={
-                "partition": "dirichlet",
-                "participants": 32,
-                "dirichlet_alpha": 0.3,
-                "max_length": 128,
-                "held_out_rows": 6,
-            },
-            rounds={"count": 24, "fraction": 0.25, "evaluate_every": 24},
-            clients={"steps": 8, "batch": 4, "lr": 1e-2},
+            participants=32,
+            partition="dirichlet",
+            dirichlet_alpha=0.3,
+            rounds={"count": 20, "fraction": 0.25, "evaluate_every": 20},
+            clients={"steps": 6, "batch": 4, "lr": 3e-3},
         ),
     }
 
