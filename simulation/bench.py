@@ -113,7 +113,7 @@ def refine_task(model: str, data: Path) -> dict[str, Config]:
             participants=32,
             partition="dirichlet",
             dirichlet_alpha=0.3,
-            rounds={"count": 20, "fraction": 0.25, "evaluate_every": 20},
+            rounds={"count": 14, "fraction": 0.25, "evaluate_every": 14},
             clients={"steps": 6, "batch": 4, "lr": 3e-3},
         ),
     }

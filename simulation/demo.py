@@ -28,9 +28,9 @@ from .sample import complete
 REPORT = "result.json"
 
 FULL = Config().replace(
-    data={"participants": 4, "max_length": 128, "chunk": 360, "held_out_rows": 60},
+    data={"participants": 4, "max_length": 96, "chunk": 240, "held_out_rows": 32},
     rounds={"count": 6},
-    clients={"steps": 8, "batch": 4, "lr": 6e-3},
+    clients={"steps": 7, "batch": 4, "lr": 6e-3},
 )
 QUICK = FULL.replace(
     data={"participants": 2, "train_rows": 40, "held_out_rows": 12},

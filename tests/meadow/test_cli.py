@@ -45,9 +45,9 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert main(arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    lines = printed.err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("meadow: ")
-    return lines[0]
+    *progress, last = printed.err.strip().splitlines()
+    assert last.startswith("meadow: ") and all(line.endswith(" ...") for line in progress)
+    return last
 
 
 def test_init_writes_the_defaults_and_never_overwrites(
