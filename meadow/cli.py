@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,23 +31,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         report = options.run(options, console)
         if options.json is not None:
-            _write_json(options.json, report)
+            _write_text(options.json, json.dumps(report, indent=1) + "\n")
     except MeadowError as error:
         console.print(
             f"meadow: {error}", style="red", markup=False, highlight=False, soft_wrap=True
         )
         return 2
     except KeyboardInterrupt:
-        console.print("meadow: stopped; the same command continues where it was", soft_wrap=True)
+        console.print("meadow: stopped; demo and simulate continue where they were", soft_wrap=True)
         return 130
     return 0
-
-
-def _write_json(path: Path, report: Any) -> None:
-    try:
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="two participants, two rounds: half a minute"
     )
     demo.add_argument("--out", type=Path, default=Path("meadow-demo"), help="the run's folder")
-    demo.add_argument("--threads", type=int, default=0, help="torch threads (0: torch's choice)")
+    demo.add_argument("--threads", type=_count, default=0, help="torch threads (0: torch's choice)")
 
     run = _command(
         commands, "simulate", _simulate, "run, or continue, the federation of a run.toml"
@@ -95,9 +89,21 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--model", default="", help="base model (default: stories260K of MEADOW_MODELS)"
     )
-    bench.add_argument("--seeds", type=int, default=3, help="how many seeds")
+    bench.add_argument("--seeds", type=_positive, default=3, help="how many seeds")
     bench.add_argument("--only", default="", help="comma-separated cases to run")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no count")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if _count(text) < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return int(text)
 
 
 def _command(commands: Any, name: str, run: Any, about: str) -> argparse.ArgumentParser:
@@ -180,6 +186,7 @@ def _simulate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             "bytes_down": result.total("bytes_down"),
             "adapter": str(result.adapter),
             "notices": list(result.notices),
+            "messages": display.messages,
         }
         if options.baselines:
             report |= _compare(lab, config, display, result.base_loss, result.loss)
@@ -223,6 +230,11 @@ def _print_result(report: dict[str, Any], console: Console) -> None:
         f"sent {bytes_text(report['bytes_up'])} up, {bytes_text(report['bytes_down'])} down"
     )
     console.print(f"adapter: {report['adapter']}", soft_wrap=True)
+    personal = Path(report["adapter"]).with_name("personal")
+    if personal.exists():
+        console.print(
+            f"each participant's own adapter, whose losses these are: {personal}", soft_wrap=True
+        )
 
 
 def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -246,66 +258,73 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _init(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .strategies.registry import STRATEGIES, make
-    from .strategies.registry import options_of as strategy_options
 
     make(options.strategy, {})
     path = (options.out or Path()) / options.file
     if path.exists():
         raise ConfigError(f"{path} exists", "name another file, or delete it")
-    defaults = {
-        name: default
-        for part in strategy_options(STRATEGIES[options.strategy])
-        for name, default, _ in options_of(STRATEGIES[options.strategy])
-        if name == part.name
-    }
+    source = options.data
+    if Path(source).exists():  # paths in run.toml are relative to it
+        source = os.path.relpath(Path(source).resolve(), path.parent.resolve())
+    own = _strategy_options(STRATEGIES[options.strategy])
     config = Config().replace(
-        data={"source": options.data}, strategy={"name": options.strategy, "options": defaults}
+        data={"source": source},
+        strategy={"name": options.strategy, "options": {n: default for n, default, _ in own}},
     )
-    try:
-        path.write_text(write(config, about=True), encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+    text = write(config, about=True, options={name: about for name, _, about in own})
+    _write_text(path, text)
     Console().print(f"wrote {path}; `meadow simulate {path}` runs it", soft_wrap=True)
     return {"path": str(path)}
 
 
+def _strategy_options(kind: Any) -> list[tuple[str, Any, str]]:
+    """(name, default, about) of what run.toml may set of a strategy."""
+    from .strategies.registry import options_of as parts_of
+
+    names = {part.name for part in parts_of(kind)}
+    return [row for row in options_of(kind) if row[0] in names]
+
+
 def _strategies(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     from .simulation.strategy_table import markdown, rows
+    from .strategies.registry import STRATEGIES
 
     found = rows()
-    table = Table(
-        title="strategies (bytes a client and round, at nano's shape with the default rank)"
-    )
-    for heading in (
-        "name",
-        "what",
-        "paper",
-        "up",
-        "down",
-        "mixed ranks",
-        "quantised base",
-        "secure sum",
-        "DP",
-    ):
-        table.add_column(heading)
+    screen = Console()
+    screen.print("bytes: of one client and round, at nano's shape with rank 8", highlight=False)
     for row in found:
-        table.add_row(
-            row["name"],
-            row["summary"],
-            row["paper"],
-            bytes_text(row["bytes_up"]),
-            bytes_text(row["bytes_down"]),
-            *(
-                "yes" if row[key] else "no"
-                for key in ("mixed_ranks", "quantized_base", "secure_sum")
-            ),
-            row["dp"],
+        own = _strategy_options(STRATEGIES[row["name"]])
+        row["options"] = {
+            name: {"default": default, "about": about} for name, default, about in own
+        }
+        flags = [text for key, text in _FLAGS.items() if row[key]]
+        screen.print(
+            f"\n[bold]{row['name']}[/]  {row['summary']}  ({row['paper']}, {row['lines']} lines)\n"
+            f"  {bytes_text(row['bytes_up'])} up, {bytes_text(row['bytes_down'])} down at most; "
+            f"{', '.join(flags)}; DP: {row['dp']}",
+            highlight=False,
         )
-    Console().print(table)
+        for name, default, about in own:
+            screen.print(f"  {name} = {json.dumps(default)}  [dim]# {about}[/]", highlight=False)
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "strategies.md").write_text(markdown(found), encoding="utf-8")
+        _write_text(options.out / "strategies.md", markdown(found))
     return found
+
+
+_FLAGS = {
+    "mixed_ranks": "mixed ranks",
+    "quantized_base": "quantised base",
+    "secure_sum": "secure sum",
+    "personal": "a part stays personal",
+}
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -25,8 +25,8 @@ FORMAT = 1
 """Version of this file's format; written into every resolved run.toml."""
 
 
-def _key(default: Any, about: str, least: float | None = None) -> Any:
-    metadata = {"about": about, "least": least}
+def _key(default: Any, about: str, least: float | None = None, most: float | None = None) -> Any:
+    metadata = {"about": about, "least": least, "most": most}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -82,9 +82,11 @@ class RoundsConfig:
     """The schedule "rounds": sample a cohort, wait for a quorum or the deadline, combine."""
 
     count: int = _key(10, "how many rounds", 1)
-    fraction: float = _key(1.0, "share of participants in a round's cohort", 1e-9)
-    quorum: float = _key(0.5, "least share of the cohort that has to arrive", 0)
-    deadline_seconds: float = _key(3600.0, "how long a round waits for the rest of its cohort", 0)
+    fraction: float = _key(1.0, "share of participants in a round's cohort", 1e-9, 1)
+    quorum: float = _key(0.5, "least share of the cohort that has to arrive", 0, 1)
+    deadline_seconds: float = _key(
+        3600.0, "how long a round waits for the rest of its cohort", 1e-3
+    )
     evaluate_every: int = _key(
         1, "measure held-out losses every so many rounds (the last: always)", 1
     )
@@ -103,7 +105,7 @@ class ClientsConfig:
         "constant", "over all of a client's steps; never restarts at a round"
     )
     warmup: int = _key(0, "steps of linear warm-up", 0)
-    floor: float = _key(0.1, "where the schedule ends, as a share of lr", 0)
+    floor: float = _key(0.1, "where the schedule ends, as a share of lr", 0, 1)
     weight_decay: float = _key(0.0, "AdamW's decoupled weight decay", 0)
     clip: float = _key(1.0, "largest gradient norm (0 = off)", 0)
     clip_update: float = _key(0.0, "largest norm of what a round changes (0 = off)", 0)
@@ -195,14 +197,17 @@ def _section(section: str, keys: dict[str, Any], name: str) -> Any:
         if key not in known:
             raise ConfigError(f"{name}: unknown key {key} in [{section}]", _nearest(key, known))
         where = f"{name}: [{section}] {key}"
-        values[key] = checked(value, hints[key], where, known[key].metadata.get("least"))
+        bounds = known[key].metadata
+        values[key] = checked(value, hints[key], where, bounds.get("least"), bounds.get("most"))
     return kind(**values)
 
 
-def checked(value: Any, hint: Any, where: str, least: float | None = None) -> Any:
+def checked(
+    value: Any, hint: Any, where: str, least: float | None = None, most: float | None = None
+) -> Any:
     """`value` as the type `hint` (int widens to float), or ConfigError at `where`.
 
-    `least` bounds a number; what a list or a table holds is checked by its own type.
+    `least` and `most` bound a number; what a list or a table holds is checked by its own type.
     """
     if hint is Any:
         return value
@@ -214,7 +219,7 @@ def checked(value: Any, hint: Any, where: str, least: float | None = None) -> An
         return value
     if origin in (Union, types.UnionType):
         inner = [kind for kind in get_args(hint) if kind is not type(None)]
-        return checked(value, inner[0], where, least)
+        return checked(value, inner[0], where, least, most)
     kind = origin or hint
     if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
@@ -229,6 +234,8 @@ def checked(value: Any, hint: Any, where: str, least: float | None = None) -> An
         return {key: checked(item, part, f"{where}.{key}") for key, item in value.items()}
     if least is not None and not value >= least:
         raise ConfigError(f"{where} is {value!r}", f"at least {least:g}")
+    if most is not None and not value <= most:
+        raise ConfigError(f"{where} is {value!r}", f"at most {most:g}")
     return value
 
 
@@ -238,17 +245,26 @@ def _nearest(word: str, known: Mapping[str, Any]) -> str:
 
 
 def _absolute(config: Config, folder: Path) -> Config:
-    """Paths in run.toml are relative to it: resolve the ones that exist."""
+    """Paths in run.toml are relative to it, globs and `datasets:` folders too.
+
+    A base that is no folder there is a hub name, a `datasets:` source likewise; any other source
+    is a path, whether it exists or not.
+    """
     changed: dict[str, dict[str, Any]] = {}
-    for section, key in (("model", "base"), ("data", "source")):
-        value = getattr(getattr(config, section), key)
-        if value != "nano" and (folder / value).exists():
-            changed[section] = {key: str((folder / value).resolve())}
+    base, source = config.model.base, config.data.source
+    if base != "nano" and (folder / base).exists():
+        changed["model"] = {"base": str((folder / base).resolve())}
+    kind, _, name = source.rpartition("datasets:")
+    if source != "nano" and (source == name or (folder / name).exists()):
+        changed["data"] = {
+            "source": source[: len(source) - len(name)] + str(folder.resolve() / name)
+        }
     return config.replace(**changed)
 
 
-def write(config: Config, about: bool = False) -> str:
-    """The config as TOML; with `about`, each key under the comment that explains it."""
+def write(config: Config, about: bool = False, options: Mapping[str, str] | None = None) -> str:
+    """The config as TOML; with `about`, each key beside the comment that explains it; `options`
+    has the comments of the strategy's own keys."""
     lines = [f"format = {FORMAT}"]
     for part in dataclasses.fields(Config):
         section = getattr(config, part.name)
@@ -256,7 +272,9 @@ def write(config: Config, about: bool = False) -> str:
         for key in dataclasses.fields(section):
             value = getattr(section, key.name)
             if isinstance(value, dict):
-                lines += [f"{name} = {_toml(option)}" for name, option in value.items()]
+                for name, option in value.items():
+                    comment = f"  # {options[name]}" if options and name in options else ""
+                    lines.append(f"{name} = {_toml(option)}{comment}")
                 continue
             comment = f"  # {key.metadata['about']}" if about else ""
             lines.append(f"{key.name} = {_toml(value)}{comment}")

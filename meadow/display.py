@@ -59,6 +59,8 @@ class Display:
     ) -> None:
         if self.console.is_terminal:
             self._live.stop()
+            for message in self.messages:  # the panel is gone; what it said is not
+                self.console.print(message, markup=False, highlight=False)
 
     def enter(self, phase: str) -> None:
         """A new part of the work begins."""

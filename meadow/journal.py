@@ -193,6 +193,11 @@ class Journal:
                 "INSERT OR IGNORE INTO refusals VALUES (?, ?, ?)", (number, client, reason)
             )
 
+    def forgive(self, number: int) -> None:
+        """Forget a round's refusals, so that the same command asks those clients once more."""
+        with self._transaction():
+            self._db.execute("DELETE FROM refusals WHERE round = ?", (number,))
+
     def contributions(self, number: int) -> dict[str, str]:
         """The digest of each client that contributed to a round, in the cohort's order."""
         found = dict(self._rows("SELECT client, digest FROM contributions WHERE round = ?", number))

@@ -198,6 +198,7 @@ class Coordinator:
         refusals = self.journal.refusals(number)
         least = max(1, math.ceil(self.config.rounds.quorum * len(cohort) - 1e-9))
         if len(digests) < least:
+            self.journal.forgive(number)  # a second try of the run is a second try for them
             raise QuorumError(
                 f"round {number} has {len(digests)} of {len(cohort)} contributions, quorum {least}",
                 _absences(cohort, digests, refusals),

@@ -131,6 +131,7 @@ def run(
     unknown = [part for part in wanted if part not in found]
     if unknown:
         raise ConfigError(f"bench {name} has no case {unknown[0]!r}", f"known: {', '.join(found)}")
+    out.mkdir(parents=True, exist_ok=True)  # a mistake in --out shows before hours of measuring
     arms = ARMS if name == "strategies" else REFINEMENTS
     rows: list[dict[str, Any]] = []
     for case, config in found.items():
@@ -139,16 +140,15 @@ def run(
                 rows += _measure(case, config, arms, range(1, seeds + 1), Path(runs), phase)
     report = {"bench": name, **provenance(), "rows": rows}
     text = page(report)
-    out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (out / f"{name}.md").write_text(text, encoding="utf-8")
     return report, text
 
 
 def provenance() -> dict[str, Any]:
-    """Where and when a figure was measured."""
+    """Where and when a figure was measured; a changed checkout's commit ends in -dirty."""
     git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,

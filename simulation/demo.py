@@ -104,7 +104,7 @@ def run(config: Config, folder: Path, tell: Demo) -> dict[str, Any]:
 
 def read_back(folder: Path) -> float:
     """The held-out loss that plain peft + transformers find, in a second process."""
-    command = [sys.executable, "-m", "meadow.simulation.read_back", str(folder)]
+    command = [sys.executable, "-P", "-m", "meadow.simulation.read_back", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]

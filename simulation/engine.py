@@ -6,6 +6,7 @@ runs a strategy over it in a run's folder, from the start or from wherever its j
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from ..client.outbox import Outbox
 from ..client.task import Participant, answer
 from ..client.trainer import Trainer
 from ..config import Config, write
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, JournalError
 from ..events import Event, EventLog, Observer, tee
 from ..identity import own_identity
 from ..journal import Journal, RunIdentity
@@ -35,7 +36,7 @@ from ..nano import FOLDER as NANO
 from ..peft_adapters.bank import Bank
 from ..peft_adapters.layout import FACTORS, Site, Tree
 from ..peft_adapters.manifest import Provenance, write_manifest
-from ..peft_adapters.peft_format import load_adapter, save_adapter
+from ..peft_adapters.peft_format import SERVABLE_RANKS, load_adapter, save_adapter
 from ..server.app import GridPeers
 from ..server.app import build as build_server_app
 from ..server.coordinator import Coordinator
@@ -65,6 +66,16 @@ class Lab:
         pad = self.base.tokenizer.pad_token_id
         return Trainer(self.bank, config.clients, 0 if pad is None else int(pad), progress)
 
+    def text_digest(self) -> str:
+        """SHA-256 of all participants' names and tokens."""
+        digest = hashlib.sha256()
+        for person in self.participants:
+            for side, rows in (("train", person.train), ("held out", person.held_out)):
+                digest.update(json.dumps([person.name, side, len(rows)]).encode())
+                for row in rows:
+                    digest.update(json.dumps([row.ids.tolist(), row.labels.tolist()]).encode())
+        return digest.hexdigest()
+
     def strategy(self, config: Config) -> Strategy:
         return make(config.strategy.name, config.strategy.options, self.layers, config.model.rank)
 
@@ -89,6 +100,7 @@ def open_lab(config: Config) -> Lab:
     base = load_base(model.base, dtype=model.dtype, quantize=model.quantize, device=model.device)
     layers = sites(base.model, model.targets)
     check_rank(model.rank, layers)
+    check_participants(config, [silo.client for silo in silos])
     check_length(data.max_length, base)
     modules = tuple(name for name, _ in base.model.named_modules())
     bank = Bank(base.model, layers, config.scaling)
@@ -107,6 +119,19 @@ def open_lab(config: Config) -> Lab:
     return Lab(base, bank, tuple(layers), modules, tuple(participants), truncated)
 
 
+def check_participants(config: Config, names: Sequence[str]) -> None:
+    """Refuse ranks of participants that do not exist, and a clip of what has no one shape."""
+    ranks = config.strategy.options.get("ranks", {})
+    unknown = [name for name in ranks if name not in names]
+    if unknown:
+        raise ConfigError(
+            f"[strategy] ranks names {unknown[0]!r}, who is no participant",
+            f"participants: {', '.join(names)}",
+        )
+    if ranks and config.clients.clip_update and config.strategy.name == "fedavg_lora":
+        raise ConfigError("clip_update needs equal ranks: a change of shape has no norm")
+
+
 def check_length(max_length: int, base: Base) -> None:
     """Refuse rows longer than the model's context."""
     context = getattr(base.model.config, "max_position_embeddings", None)
@@ -118,7 +143,11 @@ def check_length(max_length: int, base: Base) -> None:
 
 
 def check_rank(rank: int, layers: Sequence[Site]) -> None:
-    """Refuse a rank that some adapted layer cannot have."""
+    """Refuse a rank that some adapted layer, or no LoRA server, can have."""
+    if rank > SERVABLE_RANKS[-1]:
+        raise ConfigError(
+            f"[model] rank = {rank} cannot be exported", f"at most {SERVABLE_RANKS[-1]}"
+        )
     for site in layers:
         if rank > min(site.rows, site.columns):
             raise ConfigError(
@@ -182,8 +211,11 @@ def simulate(
     lab = lab or open_lab(config)
     disk = disk or Disk()
     disk.folder(folder)
+    if (folder / "run.toml").exists() and not (folder / "journal.db").exists():
+        raise JournalError(f"{folder} holds a run.toml but no run", "choose another --out")
     identity = RunIdentity(config.digest(), lab.base.digest, environment())
     with Journal.open(folder, identity, disk) as journal:
+        _check_text(journal, lab, folder)
         disk.write(folder / "run.toml", write(config).encode())
         log = EventLog(folder / "events.jsonl")
         keep_metrics = _metrics_writer(journal, folder, disk)
@@ -192,6 +224,19 @@ def simulate(
         finally:
             log.close()
         return Result(folder, tuple(journal.metrics()), tuple(journal.notices))
+
+
+def _check_text(journal: Journal, lab: Lab, folder: Path) -> None:
+    """A run belongs to its participants' text: refuse to continue it with another."""
+    found = lab.text_digest()
+    known = journal.get("text")
+    if known is None:
+        journal.note("text", found)
+    elif known != found:
+        raise JournalError(
+            f"{folder} holds a run on other text: rows or participants have changed",
+            "choose another --out, or delete that folder to start anew",
+        )
 
 
 def _run(
@@ -237,7 +282,7 @@ def _run(
                     lab,
                     config,
                     own.adapter,
-                    folder / "personal" / quote(member.name, safe=""),
+                    personal_folder(folder, member.name),
                     journal.run_id,
                     disk,
                 )
@@ -247,6 +292,12 @@ def _run(
 
     build_server_app(main, groups)(grid, Context(1, 0, {}, RecordDict(), {}))
     observer(Event("run_finished", config.rounds.count, {"adapter": str(folder / "adapter")}))
+
+
+def personal_folder(folder: Path, name: str) -> Path:
+    """Where a participant's own adapter goes; any name is a safe and short one there."""
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return folder / "personal" / f"{quote(name, safe='')[:40]}-{digest}"
 
 
 def _alone(person: Participant, trainer: Trainer, request: Request) -> Answer:
@@ -305,7 +356,8 @@ def provenance(config: Config, lab: Lab, journal: Journal) -> Provenance:
         participants=len(lab.participants),
         seed=config.rounds.seed,
         base_loss=rows[0].get("loss"),
-        loss=rows[-1].get("loss"),
+        # the losses of personal adapters are not those of the shared one
+        loss=None if lab.strategy(config).personal else rows[-1].get("loss"),
     )
 
 

@@ -3,13 +3,17 @@ and are then answered by one pass over the base model."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import defaultdict
 from collections.abc import Callable
 
 from ..client.task import Participant, answer
 from ..client.trainer import Trainer
+from ..errors import MeadowError
 from ..strategies.base import Answer, Request, Sgd
+
+log = logging.getLogger(__name__)
 
 
 class Rendezvous:
@@ -69,8 +73,10 @@ class Rendezvous:
         if len(jobs) > 1:
             try:
                 return dict(zip(posted, self._trainer.sgd(jobs), strict=True))
-            except Exception:
-                pass  # found again below, alone and by name; nobody may be left waiting
+            except MeadowError:
+                pass  # found again below, alone and by name
+            except Exception:  # nobody may be left waiting, and nothing may be hidden
+                log.warning("the fused pass failed; its clients train alone", exc_info=True)
         return {name: self._alone(person, request) for name, (person, request) in posted.items()}
 
     def _alone(self, person: Participant, request: Request) -> Answer | BaseException:

@@ -53,7 +53,7 @@ class Averaging(Strategy):
 
     server_optimizer: Kind = option("avg", "avg, avgm (FedAvgM) or adam (FedAdam)")
     server_lr: float = option(0.0, "0: the server optimiser's customary rate", 0)
-    server_momentum: float = option(0.9, "beta1 of avgm and adam", 0)
+    server_momentum: float = option(0.9, "beta1 of avgm and adam (below 1)", 0, 0.9999)
     proximal: float = option(0.0, "FedProx's mu on the clients (0 = off)", 0)
     keep_optimizer: bool = option(False, "clients keep their AdamW state between rounds")
 

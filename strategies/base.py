@@ -24,10 +24,10 @@ from ..peft_adapters.layout import Site, Tree
 Json = Any  # what json.dumps takes
 
 
-def option(default: Any, about: str, least: float | None = None) -> Any:
+def option(default: Any, about: str, least: float | None = None, most: float | None = None) -> Any:
     """A field of a strategy that run.toml may set, with the text that help shows and, for a
     number, the least value allowed."""
-    metadata = {"about": about, "least": least}
+    metadata = {"about": about, "least": least, "most": most}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)

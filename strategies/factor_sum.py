@@ -6,8 +6,10 @@ one compressed pair of factors, so memory does not grow with the number of clien
 
 from __future__ import annotations
 
+from ..errors import ConfigError
 from ..peft_adapters.factors import ProductSum, truncated_svd
 from ..peft_adapters.layout import Tree, modules_of
+from ..peft_adapters.peft_format import SERVABLE_RANKS
 from .base import Mean, Reducer, Update
 
 
@@ -55,6 +57,14 @@ class FactorSum(Reducer):
             elif side == "product.right":
                 tree[f"{module}.lora_A"] = tensor
         return tree
+
+
+def check_width(width: int) -> None:
+    """Refuse a side adapter that no server could load, before any training."""
+    if width > SERVABLE_RANKS[-1]:
+        raise ConfigError(
+            f"[strategy] width = {width} cannot be exported", f"at most {SERVABLE_RANKS[-1]}"
+        )
 
 
 def add_products(parts: list[tuple[Tree, float]], width: int) -> tuple[Tree, float]:

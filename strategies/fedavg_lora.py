@@ -38,7 +38,7 @@ class FedAvgLora(Averaging):
     refine: Literal["none", "product_svd", "rotate"] = option(
         "product_svd", "none, product_svd or rotate"
     )
-    rotation: float = option(0.5, "rotate: how far towards the global factors (0 to 1)", 0)
+    rotation: float = option(0.5, "rotate: how far towards the global factors", 0, 1)
     ranks: dict[str, int] = option({}, "product_svd: smaller ranks of some participants, by name")
     width: int = option(512, "columns of the streaming product before it is compressed", 1)
 
@@ -52,8 +52,12 @@ class FedAvgLora(Averaging):
                 "mixed ranks change a client's coordinates each round: no moments can be kept",
                 'server_optimizer = "avg" and keep_optimizer = false',
             )
-        if self.rotation > 1:
-            raise ConfigError(f"fedavg_lora's rotation is {self.rotation:g}", "from 0 to 1")
+        if self.keep_optimizer and self.refine != "none":
+            raise ConfigError(
+                f"keep_optimizer contradicts refine = {self.refine!r}: AdamW's moments are of the "
+                "factors as the client left them, which the refinement turns and rescales",
+                'refine = "none"',
+            )
         if any(not 0 < rank <= self.rank for rank in self.ranks.values()):
             raise ConfigError(
                 f"ranks of participants must be from 1 to the model's rank, {self.rank}"

@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..peft_adapters.layout import FACTORS, Tree
 from .averaging import Averaging, put, under
 from .base import Reducer, State, Turn, Update, option
-from .factor_sum import FactorSum, add_products
+from .factor_sum import FactorSum, add_products, check_width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class FedExLora(Averaging):
     width: int = option(128, "largest rank of the residual; beyond it the weakest directions go", 1)
 
     def check(self) -> None:
+        check_width(self.width)
         if self.optimizer.keeps_moments or self.optimizer.rate != 1.0:
             raise ConfigError(
                 "fedex_lora's residual is exact for the plain mean only",

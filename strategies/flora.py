@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..peft_adapters.layout import FACTORS, Tree
 from .averaging import fresh_adapter, notes_of, put, under
 from .base import Loss, Reducer, Sgd, State, Strategy, Turn, Update, Work, option
-from .factor_sum import FactorSum, add_products
+from .factor_sum import FactorSum, add_products, check_width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class FLora(Strategy):
     )
 
     def check(self) -> None:
+        check_width(self.width)
         if any(not 0 < rank <= self.rank for rank in self.ranks.values()):
             raise ConfigError(
                 f"ranks of participants must be from 1 to the model's rank, {self.rank}"
@@ -44,7 +45,11 @@ class FLora(Strategy):
         return State()
 
     def broadcast(self, state: State, turn: Turn) -> Update:
-        return Update(under("side", state.tensors))
+        return Update(put("side", under("side", state.tensors)))
+
+    def side(self, received: Update) -> Tree | None:
+        """The global model so far, under a client's fresh adapter; None before the first round."""
+        return under("side", received.tensors) or None
 
     def template(self, sent: Update, turn: Turn) -> Mapping[str, tuple[int, ...]]:
         rank = self.ranks.get(turn.client, self.rank)
@@ -63,7 +68,7 @@ class FLora(Strategy):
     def work(self, received: Update, memory: State, turn: Turn) -> Work:
         done = memory.data.get("steps", 0)
         trained = yield Sgd(
-            self.fresh(turn), turn.steps, done, turn.total_steps, side=received.tensors or None
+            self.fresh(turn), turn.steps, done, turn.total_steps, side=self.side(received)
         )
         update = Update(trained.adapter, weight=float(trained.examples), notes=notes_of(trained))
         return update, State(data={"steps": done + turn.steps})
@@ -80,4 +85,4 @@ class FLora(Strategy):
         return under("side", state.tensors) or fresh_adapter(self.sites, self.rank, 0)
 
     def own(self, received: Update, memory: State, turn: Turn) -> Loss:
-        return Loss(fresh_adapter(self.sites, 1, 0), side=received.tensors or None)
+        return Loss(fresh_adapter(self.sites, 1, 0), side=self.side(received))

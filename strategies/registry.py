@@ -44,8 +44,10 @@ def make(
     for key, value in options.items():
         if key not in parts:
             raise ConfigError(f"strategy {name} has no option {key!r}", _nearest(key, list(parts)))
-        least = parts[key].metadata["least"]
-        values[key] = checked(value, hints[key], f"[strategy] {key}", least)
+        bounds = parts[key].metadata
+        values[key] = checked(
+            value, hints[key], f"[strategy] {key}", bounds["least"], bounds["most"]
+        )
     strategy = kind(sites=tuple(sites), rank=rank, **values)
     strategy.check()
     return strategy
