@@ -70,6 +70,8 @@ class Display:
 
     def advance(self, steps: int) -> None:
         """So many client-steps have been made."""
+        if not self.done:
+            self._began = time.monotonic()  # loading says nothing of the speed of training
         self.done += steps
 
     def left(self) -> float | None:

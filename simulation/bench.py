@@ -41,7 +41,7 @@ class Arm:
 
 ARMS = (
     Arm("fedavg_lora", "fedavg_lora", {}),
-    Arm("fedavg_lora, refine none", "fedavg_lora", {"refine": "none"}),
+    Arm("fedavg_lora, refine product_svd", "fedavg_lora", {"refine": "product_svd"}),
     Arm("fedavg_lora, refine rotate", "fedavg_lora", {"refine": "rotate"}),
     Arm("ffa_lora", "ffa_lora", {}),
     Arm("rolora", "rolora", {}),

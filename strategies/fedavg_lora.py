@@ -35,9 +35,7 @@ class FedAvgLora(Averaging):
     mixed_ranks: ClassVar[bool] = True
     secure_sum: ClassVar[bool] = False  # product_svd, the default, needs each client's product
 
-    refine: Literal["none", "product_svd", "rotate"] = option(
-        "product_svd", "none, product_svd or rotate"
-    )
+    refine: Literal["none", "product_svd", "rotate"] = option("none", "none, product_svd or rotate")
     rotation: float = option(0.5, "rotate: how far towards the global factors", 0, 1)
     ranks: dict[str, int] = option({}, "product_svd: smaller ranks of some participants, by name")
     width: int = option(512, "columns of the streaming product before it is compressed", 1)

@@ -161,7 +161,9 @@ def test_the_example_has_three_participants_who_hold_something_out(example: Path
 def test_the_example_runs(example: Path, tiny: Config, tmp_path: Path) -> None:
     """With a tiny base in nano's place: what is tried is the page, not the model."""
     small = {"base": tiny.model.base, "rank": 2, "device": "cpu"}
-    config = configuration.load(example).replace(model=small, simulation={"threads": 1})
+    config = configuration.load(example).replace(
+        model=small, data={"max_length": 64}, simulation={"threads": 1}
+    )
     result = simulate(config, tmp_path / "runs" / "notes", open_lab(config))
     assert sorted(result.losses) == ["ada", "bob", "eve"]
     assert (result.adapter / "adapter_model.safetensors").is_file()

@@ -57,7 +57,7 @@ def test_init_writes_the_defaults_and_never_overwrites(
     assert main(["init"]) == 0
     written = load(tmp_path / "run.toml")
     assert written.replace(strategy={"options": {}}) == Config()
-    assert written.strategy.options["refine"] == "product_svd"
+    assert written.strategy.options["refine"] == "none"
     capsys.readouterr()
     assert "exists" in failure(capsys, "init")
 
@@ -72,7 +72,9 @@ def test_init_writes_the_defaults_and_never_overwrites(
         ('[strategy]\nname = "fedavg"', "did you mean 'fedavg_lora'?"),
         ('[strategy]\nrefin = "none"', "did you mean 'refine'?"),
         ('[strategy]\nrefine = "none"\nranks = { ada = 2 }', "mixed ranks need refine"),
-        ("[model]\nrank = 100000", "is more than layer"),
+        ("[model]\nrank = 100000", "cannot be exported"),
+        ('[strategy]\nrefine = "product_svd"\nranks = { zoe = 2 }', "who is no participant"),
+        ('[strategy]\nname = "flora"\nwidth = 200', "cannot be exported"),
         ('[model]\ntargets = ["query"]', "match no linear layer"),
         ('[model]\nbase = "./nowhere"', "nowhere"),
         ("format = 2", "this meadow reads format 1"),
@@ -140,6 +142,10 @@ def test_simulate_writes_a_run_and_refuses_another_config_in_its_folder(
     assert measured["loss"] == pytest.approx(found["federated_loss"], abs=1e-5)
     assert measured["base_loss"] == pytest.approx(found["base_loss"], abs=1e-5)
     capsys.readouterr()
+    rows = text.read_text()
+    text.write_text(rows.replace("ada", "zoe"))
+    assert "other text" in failure(capsys, "simulate", str(path), "--out", str(out))
+    text.write_text(rows)
     path.write_text(path.read_text().replace("steps = 1", "steps = 2"))
     assert "another --out" in failure(capsys, "simulate", str(path), "--out", str(out))
 

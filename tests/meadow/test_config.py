@@ -28,14 +28,14 @@ NOWHERE = Path("/nowhere/at/all")
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 
-def values_of(hint: Any, least: float | None) -> st.SearchStrategy[Any]:
+def values_of(hint: Any, least: float | None, most: float | None = None) -> st.SearchStrategy[Any]:
     """Any value that a key of this type may have."""
     if hint is bool:
         return st.booleans()
     if hint is int:
         return st.integers(int(least or 0), 2**40)
     if hint is float:
-        return st.floats(least or 0.0, 1e300, allow_subnormal=False)
+        return st.floats(least or 0.0, most or 1e300, allow_subnormal=False)
     if hint is str:
         return words
     if hint == list[str]:
@@ -50,9 +50,13 @@ def values_of(hint: Any, least: float | None) -> st.SearchStrategy[Any]:
 def sections(kind: type) -> st.SearchStrategy[Any]:
     hints = get_type_hints(kind)
     parts = {
-        part.name: values_of(hints[part.name], part.metadata.get("least"))
+        part.name: values_of(
+            hints[part.name], part.metadata.get("least"), part.metadata.get("most")
+        )
         for part in dataclasses.fields(kind)
     }
+    if "source" in parts:  # a relative path would be made absolute
+        parts["source"] = st.sampled_from(["nano", "/text/rows.jsonl", "datasets:owner/name"])
     return st.builds(kind, **parts)
 
 
@@ -111,6 +115,8 @@ def test_whole_numbers_serve_as_floats() -> None:
         ('[model]\nrank = "8"', "run.toml: [model] rank is '8' (expected int)"),
         ("[model]\nrank = 8.0", "run.toml: [model] rank is 8.0 (expected int)"),
         ("[model]\nrank = true", "run.toml: [model] rank is True (expected int)"),
+        ("[rounds]\nfraction = 25", "run.toml: [rounds] fraction is 25.0 (at most 1)"),
+        ("[rounds]\nquorum = 3", "run.toml: [rounds] quorum is 3.0 (at most 1)"),
         ("[model]\nrank = 0", "run.toml: [model] rank is 0 (at least 1)"),
         ('[model]\ndtype = "f2"', "run.toml: [model] dtype is 'f2' (one of 'float32', 'bfloat16')"),
         ('[model]\ntargets = "q_proj"', "run.toml: [model] targets is 'q_proj' (expected list)"),

@@ -25,6 +25,14 @@ def test_the_page_in_the_docs_is_what_the_report_says(name: str) -> None:
         assert {"case", "value", "unit", "baseline", "ratio"} <= set(row)
 
 
+@pytest.mark.parametrize("case", ["dolly_small", "tinyshakespeare"])
+@pytest.mark.parametrize("arm", ["fedavg_lora", "diloco"])
+def test_the_recorded_shares_are_what_the_project_promises(case: str, arm: str) -> None:
+    rows = json.loads((PAGES / "strategies.json").read_text())["rows"]
+    row = next(row for row in rows if row["case"] == f"{case}/{arm}")
+    assert row["seeds"] == 3 and row["value"] >= 0.85
+
+
 def test_rows_are_means_and_half_ranges_over_the_seeds() -> None:
     losses = {"base": [4.0, 4.0], "alone": [3.5, 3.5], "centralised": [2.0, 3.0], "x": [3.0, 3.2]}
     rows = {row["case"]: row for row in bench._rows("c", losses, {"x": [0.1]}, {"x": 8})}

@@ -21,7 +21,7 @@ from meadow.config import Config
 from meadow.errors import ConfigError, DataError, JournalError, QuorumError
 from meadow.events import Event
 from meadow.peft_adapters.peft_format import load_adapter
-from meadow.simulation.engine import Lab, Result, open_lab, simulate
+from meadow.simulation.engine import Lab, Result, open_lab, personal_folder, simulate
 
 
 def run(config: Config, folder: Path, lab: Lab, **more: Any) -> Result:
@@ -130,7 +130,7 @@ def test_personal_adapters_reproduce_their_owners_losses(
 ) -> None:
     done = run(tiny.replace(strategy={"name": "fedsa_lora"}), tmp_path / "out", lab)
     for client in CLIENTS:
-        own = plain_loss(tiny, done.folder / "personal" / client, held_out(tiny, client))
+        own = plain_loss(tiny, personal_folder(done.folder, client), held_out(tiny, client))
         assert own == pytest.approx(done.losses[client], abs=1e-5)
 
 

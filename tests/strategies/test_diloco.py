@@ -28,7 +28,9 @@ def outer_path(strategy: Strategy, rounds: int = 7, clients: int = 4) -> list[Tr
     """The state after each of the outer gradients DELTAS."""
     state, path = State({f"x/{name}": t for name, t in adapter(1).items()}), []
     for number, delta in enumerate(DELTAS, 1):
-        state = strategy.step(state, Update(delta, 1.0, clients), Turn(number, rounds, 1))
+        state = strategy.step(
+            state, Update(delta, float(clients), clients), Turn(number, rounds, 1)
+        )
         path.append(under("x", state.tensors))
     return path
 

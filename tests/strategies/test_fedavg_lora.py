@@ -17,7 +17,8 @@ from meadow.strategies.registry import make
 
 
 def strategy(**options: Any) -> Strategy:
-    return make("fedavg_lora", options, SITES, RANK)
+    """product_svd, where the options do not say another refinement."""
+    return make("fedavg_lora", {"refine": "product_svd"} | options, SITES, RANK)
 
 
 def stepped(kind: Strategy, updates: list[Update], previous: Tree) -> tuple[Tree, Update]:
@@ -162,7 +163,7 @@ def test_a_client_of_small_rank_can_learn_from_the_first_round() -> None:
         ({"ranks": {"bob": 0}}, "from 1 to the model's rank, 3"),
         ({"ranks": {"bob": 4}}, "from 1 to the model's rank, 3"),
         ({"ranks": {"bob": "two"}}, r"\[strategy\] ranks.bob is 'two' \(expected int\)"),
-        ({"rotation": 1.5}, "rotation is 1.5 .from 0 to 1"),
+        ({"rotation": 1.5}, "rotation is 1.5 .at most 1"),
         ({"width": 0}, r"\[strategy\] width is 0 \(at least 1\)"),
     ],
 )
