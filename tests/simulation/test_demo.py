@@ -54,3 +54,15 @@ def test_a_finished_demo_is_never_overwritten(tmp_path: Path) -> None:
 def test_share_is_of_the_improvement() -> None:
     assert baselines.share(4.0, 3.0, 2.0) == 0.5
     assert baselines.share(4.0, 2.0, 2.0) == 1.0
+
+
+@pytest.mark.long
+def test_the_demo_keeps_its_promise(tmp_path: Path) -> None:
+    """At least 0.80 of centralised training's improvement, and better than training alone."""
+    report_file = tmp_path / "report.json"
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--json", str(report_file)]) == 0
+    report = json.loads(report_file.read_text())
+    assert report["share"] >= 0.80
+    assert report["centralised_loss"] < report["federated_loss"] < report["local_loss"]
+    assert report["local_loss"] < report["base_loss"]
+    assert report["peft_loss"] == pytest.approx(report["federated_loss"], abs=1e-4)
