@@ -1,7 +1,8 @@
 """The Flower ClientApp: hands a message's bytes to this node's member and returns its answer.
 
-One of the three files that import Flower.  A user's mistake or a fault in training becomes an
-error reply that names its reason; it never stops the other clients.
+One of the three files that import Flower.  A fault
+that meadow names (text, model, a loss that is not finite) becomes an error reply with its reason
+and never stops the other clients; anything else is a defect and shows itself.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class RoundsConfig:
     fraction: float = _key(1.0, "share of participants in a round's cohort", 1e-9, 1)
     quorum: float = _key(0.5, "least share of the cohort that has to arrive", 0, 1)
     deadline_seconds: float = _key(
-        3600.0, "how long a round waits for the rest of its cohort", 1e-3
+        3600.0, "how long a round waits for its cohort (a simulation finishes it anyway)", 1e-3
     )
     evaluate_every: int = _key(
         1, "measure held-out losses every so many rounds (the last: always)", 1
