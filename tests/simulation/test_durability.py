@@ -197,7 +197,7 @@ def test_sigkill(tmp_path: Path, tiny: Config, case: str, kind: str) -> None:
         capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": helpers},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) >= 10
+    assert int(done.stdout) >= (10 if kind == "step" else 3)  # instants depend on the machine
 
 
 def kill_at_steps(whole: Reference, folder: Path) -> int:
@@ -216,11 +216,15 @@ def kill_at_steps(whole: Reference, folder: Path) -> int:
 
 def kill_at_instants(whole: Reference, folder: Path) -> int:
     """Fork runs and kill each at a random instant, until one ends by itself; how many died."""
+    began = time.monotonic()
+    (folder / "timed").mkdir()
+    assert not forked(partial(whole.run, folder / "timed", Disk()))
+    seconds = time.monotonic() - began  # of a whole run here and now: no instant comes too late
     dice, deaths = random.Random(1), 0
     for number in range(12):
         root = folder / f"instant{number}"
         root.mkdir()
-        while forked(partial(whole.run, root, Disk()), dice.uniform(0.01, 1.0)):
+        while forked(partial(whole.run, root, Disk()), dice.uniform(0.02, 0.9) * seconds):
             deaths += 1
         whole.finish(root)
         shutil.rmtree(root)
