@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..config import Config
 from ..errors import DataError
 from .partition import NATURAL, share_out
 from .rows import Row, row_digest
@@ -56,6 +57,21 @@ def load_silos(
     else:
         groups = _artificial(rows, partition, participants, alpha, seed)
     return [_silo(client, groups[client], train_rows, held_out_rows) for client in sorted(groups)]
+
+
+def silos_of(config: Config) -> list[Silo]:
+    """The participants that a run's config describes: the same in every process of the run."""
+    data = config.data
+    return load_silos(
+        data.source,
+        partition=data.partition,
+        participants=data.participants,
+        alpha=data.dirichlet_alpha,
+        seed=config.rounds.seed,
+        chunk=data.chunk,
+        train_rows=data.train_rows,
+        held_out_rows=data.held_out_rows,
+    )
 
 
 def hold_out(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:

@@ -20,7 +20,7 @@ from flwr.app import Context, RecordDict
 
 from .. import __version__
 from ..client.app import build as build_client_app
-from ..client.data import load_silos
+from ..client.data import silos_of
 from ..client.encode import encode
 from ..client.member import Member
 from ..client.model import Base, load_base, sites
@@ -87,16 +87,7 @@ def open_lab(config: Config) -> Lab:
     if config.simulation.threads:
         torch.set_num_threads(config.simulation.threads)
     model, data = config.model, config.data
-    silos = load_silos(
-        data.source,
-        partition=data.partition,
-        participants=data.participants,
-        alpha=data.dirichlet_alpha,
-        seed=config.rounds.seed,
-        chunk=data.chunk,
-        train_rows=data.train_rows,
-        held_out_rows=data.held_out_rows,
-    )
+    silos = silos_of(config)
     base = load_base(model.base, dtype=model.dtype, quantize=model.quantize, device=model.device)
     layers = sites(base.model, model.targets)
     check_rank(model.rank, layers)

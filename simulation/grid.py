@@ -69,7 +69,7 @@ class LocalGrid(Grid):
             self._sent += 1
             message_id = f"local-{self._sent:09d}"
             own = copy.deepcopy(message)  # mods may change what several messages share
-            own.metadata.__dict__["_message_id"] = message_id
+            flower_identity.name_message(own.metadata, message_id)
             self._queue[message_id] = own
             ids.append(message_id)
         return ids

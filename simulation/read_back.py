@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..client.data import load_silos
+from ..client.data import silos_of
 from ..client.encode import encode
 from ..client.model import DTYPES
 from ..config import load
@@ -29,19 +29,9 @@ def loss_with_peft(run: Path) -> float:
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[config.model.dtype])
     model = PeftModel.from_pretrained(model, run / "adapter").eval()
-    data = config.data
-    silos = load_silos(
-        data.source,
-        partition=data.partition,
-        participants=data.participants,
-        alpha=data.dirichlet_alpha,
-        seed=config.rounds.seed,
-        chunk=data.chunk,
-        held_out_rows=data.held_out_rows,
-    )
     total, tokens = 0.0, 0
-    for silo in silos:
-        for example in encode(silo.held_out, tokenizer, data.max_length).examples:
+    for silo in silos_of(config):
+        for example in encode(silo.held_out, tokenizer, config.data.max_length).examples:
             count = int((example.labels[1:] != -100).sum())
             with torch.no_grad():
                 loss = model(input_ids=example.ids[None], labels=example.labels[None]).loss

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -34,3 +36,18 @@ def lab(tiny: Config) -> Lab:
     from meadow.simulation.engine import open_lab
 
     return open_lab(tiny)
+
+
+@pytest.fixture
+def roots(tmp_path: Path) -> Iterator[Path]:
+    """A fresh folder each time; old ones are removed, to keep the number of files small."""
+
+    def generate() -> Iterator[Path]:
+        for number in range(10**6):
+            root = tmp_path / str(number)
+            root.mkdir()
+            yield root
+            for path in tmp_path.iterdir():
+                shutil.rmtree(path)
+
+    return generate()

@@ -19,7 +19,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from meadow.client.model import load_base, sites
 from meadow.errors import ModelError
-from meadow.nano import FOLDER
 
 MODELS = Path(os.environ.get("MEADOW_MODELS", Path(__file__).parents[2] / ".." / "shared/models"))
 LLAMA = {
@@ -211,8 +210,6 @@ def test_targets_that_match_nothing(folder: Path, targets: list[str] | str) -> N
 
 
 def test_nano() -> None:
-    if not (FOLDER / "model.safetensors").exists():
-        pytest.skip("nano's weights are not in this checkout")
     base = load_base("nano", device="cpu")
     assert sites(base.model, "all-linear") and base.tokenizer.eos_token_id is not None
 

@@ -94,7 +94,8 @@ def test_nano_holds_out_files() -> None:
 
 
 def test_saved_datasets(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     data = datasets.Dataset.from_list(RECORDS)
     data.save_to_disk(tmp_path / "one")
     datasets.DatasetDict(train=data, extra=data.select([3])).save_to_disk(tmp_path / "many")
@@ -108,7 +109,8 @@ def test_saved_datasets(tmp_path: Path) -> None:
 
 
 def test_datasets_with_other_columns(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     datasets.Dataset.from_list([{"question": "q", "answer": "a"}]).save_to_disk(tmp_path / "qa")
     with pytest.raises(DataError, match=r"row 1 \(columns question, answer\): has neither text"):
         read_rows(str(tmp_path / "qa"), 100)
@@ -125,7 +127,7 @@ def test_datasets_with_other_columns(tmp_path: Path) -> None:
 def test_a_hub_that_fails_is_one_line(
     monkeypatch: pytest.MonkeyPatch, fault: Exception, says: str
 ) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
 
     def fail(*_: Any, **__: Any) -> None:
         raise fault

@@ -119,21 +119,6 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return federate(root, Numbered(root), Numbered(root), Ledger())
 
 
-@pytest.fixture
-def roots(tmp_path: Path) -> Iterator[Path]:
-    """A fresh folder each time; old ones are removed, to keep the number of files small."""
-
-    def generate() -> Iterator[Path]:
-        for number in range(10**6):
-            root = tmp_path / str(number)
-            root.mkdir()
-            yield root
-            for path in tmp_path.iterdir():
-                shutil.rmtree(path)
-
-    return generate()
-
-
 def steps(tmp_path: Path, side: str = "both", way: str = "") -> list[int]:
     """The steps of `side`, in a run that nothing ends, at which this kind of fault is possible."""
     tmp_path.mkdir()

@@ -96,21 +96,6 @@ def reference(
     return cache(lambda case: Reference(variant(tiny, case), lab, tmp_path_factory.mktemp("whole")))
 
 
-@pytest.fixture
-def roots(tmp_path: Path) -> Iterator[Path]:
-    """A fresh folder each time; old ones are removed, to keep the number of files small."""
-
-    def generate() -> Iterator[Path]:
-        for number in range(10**6):
-            root = tmp_path / str(number)
-            root.mkdir()
-            yield root
-            for path in tmp_path.iterdir():
-                shutil.rmtree(path)
-
-    return generate()
-
-
 def interrupt(reference: Reference, disk: Faulty) -> Path:
     """Run until the fault; the folder in which the next start finds itself."""
     try:
