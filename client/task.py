@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..strategies.base import Answer, Loss, Request, Sgd, State, Update, Work
+from ..strategies.base import Answer, Loss, Probe, Request, State, Update, Work
 from .encode import Example
-from .trainer import Job, Trainer
+from .trainer import Job, R, Trainer
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Participant:
     held_out: Sequence[Example]
     seed: int
 
-    def job(self, request: Sgd) -> Job:
+    def job(self, request: R) -> Job[R]:
         return Job(request, self.train, self.name, self.seed)
 
 
@@ -27,6 +27,8 @@ def answer(request: Request, participant: Participant, trainer: Trainer) -> Answ
     """Do what a strategy asked for."""
     if isinstance(request, Loss):
         return trainer.loss(request, participant.held_out)
+    if isinstance(request, Probe):
+        return trainer.probe([participant.job(request)])[0]
     return trainer.sgd([participant.job(request)])[0]
 
 

@@ -1,4 +1,4 @@
-"""The command line: `meadow demo | simulate | evaluate | init | strategies | bench`.
+"""The command line: `meadow demo | simulate | evaluate | init | strategies | peer | bench`.
 
 Only here is anything printed.  A user's mistake is one line on standard error and status 2.
 """
@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__
+from . import __version__, cli_peer
 from .config import Config, load, options_of, write
 from .display import Display, bytes_text, seconds_text
 from .errors import ConfigError, MeadowError, StorageError
@@ -77,21 +77,42 @@ def build_parser() -> argparse.ArgumentParser:
     init.add_argument("--out", type=Path, help="the folder to write it into")
     init.add_argument("--data", default="nano", help="your text: file, folder or datasets:NAME")
     init.add_argument("--strategy", default="fedavg_lora", help="whose options to include")
+    init.add_argument(
+        "--peer", action="store_true", help="for `meadow peer`: fedkseed, as peers can run it"
+    )
 
+    _add_tools(commands)
+    return parser
+
+
+def _add_tools(commands: Any) -> None:
+    """What lists, measures, or runs without a coordinator."""
     listing = _command(
         commands, "strategies", _strategies, "list the algorithms, their bytes and options"
     )
     listing.add_argument("--out", type=Path, help="also write the table there, as strategies.md")
 
+    pool = _command(
+        commands, "pool", _pool, "what share of the gradient's energy a pool of directions captures"
+    )
+    pool.add_argument("config", type=Path, metavar="run.toml", help="names base, data and rank")
+    pool.add_argument("--out", type=Path, help="also write the table there, as pool.json")
+
+    peer = commands.add_parser("peer", help="a run without a coordinator")
+    cli_peer.add_commands(
+        peer.add_subparsers(required=True, metavar="COMMAND"), _command, _positive
+    )
+
     bench = _command(commands, "bench", _bench, "measure, and write a table")
-    bench.add_argument("name", choices=["strategies", "refine"])
+    bench.add_argument("name", choices=["strategies", "refine", "zo", "zo-learning"])
     bench.add_argument("--out", type=Path, default=Path("bench"), help="folder for the tables")
     bench.add_argument(
         "--model", default="", help="base model (default: stories260K of MEADOW_MODELS)"
     )
-    bench.add_argument("--seeds", type=_positive, default=3, help="how many seeds")
+    bench.add_argument(
+        "--seeds", type=_positive, default=0, help="how many seeds (default: 3; zo-learning: 5)"
+    )
     bench.add_argument("--only", default="", help="comma-separated cases to run")
-    return parser
 
 
 def _count(text: str) -> int:
@@ -259,21 +280,29 @@ def _evaluate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 def _init(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .strategies.registry import STRATEGIES, make
 
-    make(options.strategy, {})
+    name = "fedkseed" if options.peer else options.strategy
+    make(name, {})
+    kind = STRATEGIES[name]
     path = (options.out or Path()) / options.file
     if path.exists():
         raise ConfigError(f"{path} exists", "name another file, or delete it")
     source = options.data
     if Path(source).exists():  # paths in run.toml are relative to it
         source = os.path.relpath(Path(source).resolve(), path.parent.resolve())
-    own = _strategy_options(STRATEGIES[options.strategy])
+    own, rank = _strategy_options(kind), kind.customary_rank
+    if options.peer:
+        from .client.peer_terms import CHARTERED
+
+        own = [row for row in own if row[0] in CHARTERED]
     config = Config().replace(
+        model={"rank": rank, "alpha": float(rank)} if rank else {},  # updates scaled by 1
         data={"source": source},
-        strategy={"name": options.strategy, "options": {n: default for n, default, _ in own}},
+        strategy={"name": name, "options": {n: default for n, default, _ in own}},
     )
-    text = write(config, about=True, options={name: about for name, _, about in own})
+    text = write(config, about=True, options={key: about for key, _, about in own})
     _write_text(path, text)
-    Console().print(f"wrote {path}; `meadow simulate {path}` runs it", soft_wrap=True)
+    command, does = ("peer charter", "founds") if options.peer else ("simulate", "runs")
+    Console().print(f"wrote {path}; `meadow {command} {path}` {does} it", soft_wrap=True)
     return {"path": str(path)}
 
 
@@ -286,12 +315,15 @@ def _strategy_options(kind: Any) -> list[tuple[str, Any, str]]:
 
 
 def _strategies(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    from .simulation.strategy_table import markdown, rows
+    from .simulation.strategy_table import STEPS, markdown, rows
     from .strategies.registry import STRATEGIES
 
     found = rows()
     screen = Console()
-    screen.print("bytes: of one client and round, at nano's shape with rank 8", highlight=False)
+    screen.print(
+        f"bytes: of one client and round of {STEPS} steps, at nano's shape",
+        highlight=False,
+    )
     for row in found:
         own = _strategy_options(STRATEGIES[row["name"]])
         row["options"] = {
@@ -300,8 +332,8 @@ def _strategies(options: argparse.Namespace, console: Console) -> list[dict[str,
         flags = [text for key, text in _FLAGS.items() if row[key]]
         screen.print(
             f"\n[bold]{row['name']}[/]  {row['summary']}  ({row['paper']}, {row['lines']} lines)\n"
-            f"  {bytes_text(row['bytes_up'])} up, {bytes_text(row['bytes_down'])} down at most; "
-            f"{', '.join(flags)}; DP: {row['dp']}",
+            f"  rank {row['rank']}: {bytes_text(row['bytes_up'])} up, "
+            f"{bytes_text(row['bytes_down'])} down at most; {', '.join(flags)}; DP: {row['dp']}",
             highlight=False,
         )
         for name, default, about in own:
@@ -327,12 +359,44 @@ def _write_text(path: Path, text: str) -> None:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from .simulation import bench
+def _pool(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from .peft_adapters.pool_size import warnings_of
+    from .simulation.engine import open_lab
+    from .simulation.pool_energy import energy
 
+    config = load(options.config)
     with Display(console) as display:
-        report, text = bench.run(
-            options.name, options.out, options.model, options.seeds, options.only, display.enter
+        display.enter("loading")
+        lab = open_lab(config)
+        display.enter("backpropagating")
+        ranks = sorted({config.model.rank, 16, 32, 64})
+        rows = [energy(lab, config, rank) for rank in ranks]
+    table = Table(title="share of the gradient's energy that a pool captures", title_justify="left")
+    for heading in ("rank", "directions", "share", "expected of a random subspace"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            *(f"{row['rank']}", f"{row['dimensions']:,}"),
+            *(f"{row['share']:.3g}", f"{row['expected']:.3g}"),
+        )
+    Console().print(table)
+    warnings = warnings_of(config.model.rank, lab.layers)
+    for warning in warnings:
+        Console().print(f"note: {warning}", soft_wrap=True)
+    report = {"pools": rows, "warnings": warnings}
+    if options.out is not None:
+        _write_text(options.out / "pool.json", json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def _bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from .simulation import bench, zo_bench
+
+    measure = zo_bench.run if options.name in zo_bench.NAMES else bench.run
+    seeds = options.seeds or (5 if options.name == "zo-learning" else 3)
+    with Display(console) as display:
+        report, text = measure(
+            options.name, options.out, options.model, seeds, options.only, display.enter
         )
     Console().print(text, markup=False, highlight=False)
     return report

@@ -124,6 +124,23 @@ class SimulationConfig:
 
 
 @dataclass(frozen=True)
+class PeerConfig:
+    """Without a coordinator: this machine's part in the gossip (`meadow peer`)."""
+
+    charter: str = _key("charter.json", "the run's charter, from one of its founders")
+    participant: str = _key("", 'whose rows are mine ("": all rows of the source)')
+    listen: str = _key("", 'host:port to answer other peers at ("": only call them)')
+    address: str = _key("", 'host:port by which others reach me ("": as listen)')
+    steps: int = _key(200, "steps a record, a byte each", 1, 1000)
+    records: int = _key(0, "stop training after so many records of mine (0 = never)", 0)
+    lr: float = _key(1e-4, "of all peers together; my share falls with their square root", 1e-12)
+    fanout: int = _key(3, "peers that a new record is pushed to", 1)
+    sync_seconds: float = _key(5.0, "between two exchanges with a peer at random", 1e-2)
+    evaluate_every: int = _key(1, "measure held-out loss every so many records (0 = never)", 0)
+    witnesses: int = _key(2, "signatures of other peers that a checkpoint needs", 0)
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -133,6 +150,7 @@ class Config:
     rounds: RoundsConfig = field(default_factory=RoundsConfig)
     clients: ClientsConfig = field(default_factory=ClientsConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
+    peer: PeerConfig = field(default_factory=PeerConfig)
 
     @property
     def scaling(self) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -60,13 +61,13 @@ class Display:
         if self.console.is_terminal:
             self._live.stop()
             for message in self.messages:  # the panel is gone; what it said is not
-                self.console.print(message, markup=False, highlight=False)
+                self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def enter(self, phase: str) -> None:
         """A new part of the work begins."""
         self.phase = phase
         if not self.console.is_terminal:
-            self.console.print(f"{phase} ...")
+            self.console.print(f"{phase} ...", markup=False, soft_wrap=True)
 
     def advance(self, steps: int) -> None:
         """So many client-steps have been made."""
@@ -104,7 +105,7 @@ class Display:
     def _say(self, text: str) -> None:
         self.messages.append(text)
         if not self.console.is_terminal:
-            self.console.print(text, highlight=False)
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _closed(self, event: Event) -> None:
         self.history.append((event.round, event.data))
@@ -118,7 +119,7 @@ class Display:
 
     def _render(self) -> RenderableType:
         left = self.left()
-        head = f"[bold]{self.phase}[/]"
+        head = f"[bold]{escape(self.phase)}[/]"
         if self.rounds:
             head += f"  round {self.round}/{self.rounds}  {bytes_text(self.bytes_up)} sent"
         if left is not None:

@@ -7,10 +7,12 @@
     ├── AdapterError         a LoRA adapter, on disk or about to be written
     ├── UpdateError          a contribution that cannot be counted
     ├── FormatError          another format version, or bytes that are not what they say
+    ├── RecordError          what a peer signed and what cannot count; `reason` names why
     ├── QuorumError          too few contributions in a round
     ├── JournalError         a run's folder that cannot be continued
     ├── IdentityError        a key that cannot be used, or a signature that does not hold
-    └── StorageError         the disk is full or not writable
+    ├── StorageError         the disk is full or not writable
+    └── PeerError            a peer that cannot be reached, or that refuses
 
 The command line prints `str(error)` and exits with status 2; anything else is a defect and shows
 its traceback.
@@ -55,6 +57,14 @@ class FormatError(MeadowError):
     """Another format version, or bytes whose sizes contradict each other."""
 
 
+class RecordError(MeadowError):
+    """Something of a peer that is refused; it is counted under `reason`."""
+
+    def __init__(self, reason: str, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.reason = reason
+
+
 class QuorumError(MeadowError):
     """Fewer contributions than the quorum before the deadline."""
 
@@ -69,3 +79,7 @@ class IdentityError(MeadowError):
 
 class StorageError(MeadowError):
     """The disk is full or cannot be written; what was acknowledged is safe."""
+
+
+class PeerError(MeadowError):
+    """A peer that cannot be reached, refuses, or does not keep to what it said."""

@@ -11,19 +11,18 @@ One process, and in it one thread, uses a journal at a time.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import secrets
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from .errors import FormatError, JournalError, UpdateError
-from .store import Blobs, Disk, digest_of, explained
+from .store import Blobs, Disk, digest_of, explained, locked
 from .wire import Json, canonical
 
 FORMAT = 1
@@ -90,7 +89,9 @@ class Journal:
         disk = disk or Disk()
         disk.folder(folder)
         with ExitStack() as resources:
-            resources.enter_context(_locked(folder))
+            resources.enter_context(
+                locked(folder / "journal.lock", "wait for it, or choose another --out")
+            )
             database = resources.enter_context(closing(disk.connect(folder / "journal.db")))
             journal = cls(folder, database, disk)
             journal._admit(identity)
@@ -351,19 +352,3 @@ def _changes(seen: Sequence[Mapping[str, str]]) -> str:
         if len(values) > 1:
             parts.append(f"{key} {' -> '.join(values)}")
     return ", ".join(parts)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; the system releases it when the process ends, however it ends."""
-    path = folder / "journal.lock"
-    with explained(path):
-        file = open(path, "ab")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise JournalError(
-                f"another process is working in {folder}", "wait for it, or choose another --out"
-            ) from error
-        yield

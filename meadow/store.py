@@ -9,6 +9,7 @@ keeps files under their SHA-256; a row that names a blob is committed after the 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import sqlite3
@@ -181,6 +182,23 @@ def _discard(draft: Path) -> None:
         draft.unlink(missing_ok=True)
     except OSError:
         return  # the fault that led here is the one to report; a sweep takes the draft later
+
+
+@contextmanager
+def locked(path: Path, hint: str) -> Iterator[None]:
+    """Hold the lock of `path`'s folder; the system releases it when the process ends, however.
+
+    Raises JournalError, with the hint, where another process holds it.
+    """
+    with explained(path):
+        file = open(path, "ab")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            text = f"another process is working in {path.parent}"
+            raise JournalError(text, hint) from error
+        yield
 
 
 def digest_of(data: bytes) -> str:

@@ -11,6 +11,8 @@ Tree = dict[str, Tensor]
 """Named tensors.  An adapter's are `<module>.lora_A` (r, in) and `<module>.lora_B` (out, r)."""
 
 FACTORS = ("lora_A", "lora_B")
+CORE = "core"
+"""The trained factor of an adapter between fixed sign matrices: (r, r)."""
 
 
 @dataclass(frozen=True)

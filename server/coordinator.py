@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from ..config import Config
@@ -19,6 +20,8 @@ from ..events import Event, Observer
 from ..journal import Journal
 from ..strategies.base import Measured, State, Strategy, Turn, Update
 from ..strategies.messages import (
+    INTEGERS,
+    SENT,
     check_contribution,
     pack_state,
     pack_update,
@@ -141,8 +144,8 @@ class Coordinator:
 
     def _step(self, total: Update, turn: Turn) -> None:
         """The next state; finite updates whose combination is not leave the state as it was."""
-        state = self.strategy.step(self.state, total, turn)
         try:
+            state = self.strategy.step(self.state, total, turn)
             require_finite(state.tensors, "the combination of all")
         except UpdateError as error:
             self._notice(turn.round, f"round {turn.round} changes nothing: {error}")
@@ -178,9 +181,10 @@ class Coordinator:
         try:
             if isinstance(reply, Refusal):
                 raise UpdateError(str(reply))
-            update = check_contribution(
-                reply, self.strategy.template(sent, self.turn(number, cohort, name)), name
-            )
+            turn = self.turn(number, cohort, name)
+            types = INTEGERS if self.strategy.integers else SENT
+            update = check_contribution(reply, self.strategy.template(sent, turn), name, types)
+            self.strategy.validate(update, turn)
             if not self.journal.receive(number, name, reply):
                 return  # the same bytes once more
         except (UpdateError, FormatError) as error:
@@ -208,7 +212,7 @@ class Coordinator:
         for name in cohort:
             if name in digests:
                 data = self.journal.payload(digests[name])
-                update, _ = unpack_update(data)
+                update = replace(unpack_update(data)[0], sender=name)
                 reducer.fold(to_server(self.transforms, update, sent, turn))
                 losses[name] = _figures(update).get("loss")
                 bytes_up += len(data)

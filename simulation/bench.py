@@ -2,7 +2,7 @@
 `meadow bench refine`: which refinement and outer optimiser deserve to be the default.
 
 Text and model are looked for where MEADOW_DATA and MEADOW_MODELS point (default ../shared/data
-and ../shared/models); they are not part of meadow.  Every arm chooses from one grid of three
+and ../shared/models); they are not part of meadow.  Every arm chooses from one grid of five
 learning rates on the first seed and keeps its choice for the others.  A cell is mean +- half the
 range over the seeds.
 """
@@ -10,6 +10,7 @@ range over the seeds.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,9 +27,12 @@ from typing import Any
 import torch
 
 from ..config import Config
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, QuorumError, UpdateError
 from . import baselines
-from .engine import Lab, Result, open_lab, simulate
+from .engine import Lab, open_lab, simulate
+
+GRID = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
+"""Factors of the case's learning rate that every arm chooses from."""
 
 
 @dataclass(frozen=True)
@@ -122,27 +127,45 @@ def refine_task(model: str, data: Path) -> dict[str, Config]:
 def run(
     name: str, out: Path, model: str, seeds: int, only: str, phase: Callable[[str], None]
 ) -> tuple[dict[str, Any], str]:
-    """The report (JSON) and the table (Markdown); both also written into `out`."""
+    """The report (JSON) and the table (Markdown) of "strategies" or "refine"; both also written
+    into `out`."""
     data = Path(os.environ.get("MEADOW_DATA", "../shared/data"))
     models = Path(os.environ.get("MEADOW_MODELS", "../shared/models"))
     base = model or str((models / "stories260K").resolve())
     found = tasks(base, data) if name == "strategies" else refine_task(base, data)
-    wanted = [part.strip() for part in only.split(",") if part.strip()]
-    unknown = [part for part in wanted if part not in found]
-    if unknown:
-        raise ConfigError(f"bench {name} has no case {unknown[0]!r}", f"known: {', '.join(found)}")
+    wanted = wanted_of(name, only, list(found))
     out.mkdir(parents=True, exist_ok=True)  # a mistake in --out shows before hours of measuring
     arms = ARMS if name == "strategies" else REFINEMENTS
     rows: list[dict[str, Any]] = []
     for case, config in found.items():
         if not wanted or case in wanted:
             with tempfile.TemporaryDirectory() as runs:
-                rows += _measure(case, config, arms, range(1, seeds + 1), Path(runs), phase)
+                measured = _Case(case, config, Path(runs), phase)
+                for seed in range(1, seeds + 1):
+                    measured.measure(seed, arms)
+                rows += measured.rows()
+    return publish(name, out, rows, page)
+
+
+def publish(
+    name: str, out: Path, rows: list[dict[str, Any]], page: Callable[[dict[str, Any]], str]
+) -> tuple[dict[str, Any], str]:
+    """Write a benchmark's report, `<name>.json`, and the page that is made of it, `<name>.md`."""
     report = {"bench": name, **provenance(), "rows": rows}
     text = page(report)
+    out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (out / f"{name}.md").write_text(text, encoding="utf-8")
     return report, text
+
+
+def wanted_of(name: str, only: str, known: Sequence[str]) -> list[str]:
+    """The cases that `only` (comma-separated; empty: all) names.  Raises ConfigError."""
+    wanted = [part.strip() for part in only.split(",") if part.strip()]
+    unknown = [part for part in wanted if part not in known]
+    if unknown:
+        raise ConfigError(f"bench {name} has no case {unknown[0]!r}", f"known: {', '.join(known)}")
+    return wanted
 
 
 def provenance() -> dict[str, Any]:
@@ -163,68 +186,71 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _measure(
-    case: str,
-    config: Config,
-    arms: Sequence[Arm],
-    seeds: Sequence[int],
-    runs: Path,
-    phase: Callable[[str], None],
-) -> Iterator[dict[str, Any]]:
-    """All arms of one case over all seeds."""
-    rates = baselines.grid_of(config)
-    chosen: dict[str, list[float]] = {
-        "centralised": list(rates),
-        **{arm.name: list(rates) for arm in arms},
-    }
-    losses: dict[str, list[float]] = {name: [] for name in ("base", "alone", *chosen)}
-    bytes_up: dict[str, int] = {}
-    for seed in seeds:
-        seeded = config.replace(rounds={"seed": seed})
-        lab = open_lab(seeded)
-        phase(f"{case}, seed {seed}: centralised")
-        pooled = baselines.centralised(lab, seeded, chosen["centralised"])
-        chosen["centralised"], ceiling = [pooled.lr], pooled.loss
-        losses["centralised"].append(ceiling)
-        phase(f"{case}, seed {seed}: alone")
-        losses["alone"].append(
-            baselines.local_only(lab, seeded.replace(clients={"lr": pooled.lr})).loss
+class _Case:
+    """The arms of one case, over all seeds: their losses, and the rates that they chose."""
+
+    def __init__(self, case: str, config: Config, runs: Path, phase: Callable[[str], None]) -> None:
+        self.case, self.config, self.runs, self.phase = case, config, runs, phase
+        self.losses: dict[str, list[float]] = {}
+        self.chosen: dict[str, float] = {}
+        self.bytes_up: dict[str, int] = {}
+
+    def measure(self, seed: int, arms: Sequence[Arm]) -> None:
+        config = self.config.replace(rounds={"seed": seed})
+        lab = open_lab(config)
+        self._arm(seed, "centralised", lambda lr: baselines.centralised(lab, config, [lr]).loss)
+        self._arm(
+            seed,
+            "alone",
+            lambda lr: baselines.local_only(lab, config.replace(clients={"lr": lr})).loss,
         )
         for arm in arms:
-            phase(f"{case}, seed {seed}: {arm.name}")
-            lr, result = _best(
-                lab,
-                seeded,
-                arm,
-                chosen[arm.name],
-                runs / f"{case}-{arm.name}-{seed}".replace(" ", "-"),
-            )
-            chosen[arm.name] = [lr]
-            losses[arm.name].append(result.loss)
-            bytes_up[arm.name] = result.total("bytes_up")
-        losses["base"].append(result.base_loss)
-    yield from _rows(case, losses, chosen, bytes_up)
+            self._arm(seed, arm.name, partial(self._federated, lab, config, arm))
+
+    def _arm(self, seed: int, name: str, loss_at: Callable[[float], float]) -> None:
+        """The arm's loss at its rate: the grid's best, chosen on the first seed."""
+        self.phase(f"{self.case}, seed {seed}: {name}")
+        rates = [self.chosen[name]] if name in self.chosen else rates_of(self.config)
+        found = {lr: loss for lr in rates if (loss := _unless_diverged(loss_at, lr)) is not None}
+        if not found:
+            raise UpdateError(f"{self.case}: {name} diverged at every learning rate")
+        self.chosen[name] = min(found, key=lambda lr: found[lr])
+        self.losses.setdefault(name, []).append(found[self.chosen[name]])
+
+    def _federated(self, lab: Lab, config: Config, arm: Arm, lr: float) -> float:
+        strategy = {"name": arm.strategy, "options": arm.options}
+        folder = self.runs / "run"
+        result = simulate(config.replace(clients={"lr": lr}, strategy=strategy), folder, lab)
+        shutil.rmtree(folder)
+        self.bytes_up[arm.name] = result.total("bytes_up")
+        bases = self.losses.setdefault("base", [])
+        if len(bases) < len(self.losses["alone"]):
+            bases.append(result.base_loss)
+        return result.loss
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        first = {"base": self.losses["base"], **self.losses}
+        return _rows(self.case, first, self.chosen, self.bytes_up)
 
 
-def _best(
-    lab: Lab, config: Config, arm: Arm, rates: Sequence[float], folder: Path
-) -> tuple[float, Result]:
-    """The best of some learning rates, by the final held-out loss."""
-    tried = []
-    for lr in rates:
-        own = config.replace(
-            clients={"lr": lr}, strategy={"name": arm.strategy, "options": arm.options}
-        )
-        target = folder / f"lr-{lr:g}"
-        tried.append((lr, simulate(own, target, lab)))
-        shutil.rmtree(target)
-    return min(tried, key=lambda pair: pair[1].loss)
+def rates_of(config: Config) -> list[float]:
+    """The grid of a benchmark: wide enough that an arm's choice is not at its edge."""
+    return [float(f"{config.clients.lr * factor:.3g}") for factor in GRID]
+
+
+def _unless_diverged(loss_at: Callable[[float], float], lr: float) -> float | None:
+    """The loss; None where training broke down at this rate."""
+    try:
+        loss = loss_at(lr)
+    except (QuorumError, UpdateError):
+        return None
+    return loss if math.isfinite(loss) else None
 
 
 def _rows(
     case: str,
     losses: dict[str, list[float]],
-    chosen: dict[str, list[float]],
+    chosen: dict[str, float],
     bytes_up: dict[str, int],
 ) -> Iterator[dict[str, Any]]:
     for name, values in losses.items():
@@ -242,7 +268,7 @@ def _rows(
             "loss": mean(values),
             "loss_spread": (max(values) - min(values)) / 2,
             "seeds": len(values),
-            "lr": chosen.get(name, [None])[0],
+            "lr": chosen.get(name),
             "bytes_up": bytes_up.get(name),
         }
 

@@ -21,22 +21,22 @@ from flwr.app import Context, RecordDict
 from .. import __version__
 from ..client.app import build as build_client_app
 from ..client.data import silos_of
-from ..client.encode import encode
 from ..client.member import Member
-from ..client.model import Base, load_base, sites
+from ..client.model import Base
 from ..client.outbox import Outbox
 from ..client.task import Participant, answer
 from ..client.trainer import Trainer
+from ..client.workbench import Workbench, open_workbench
 from ..config import Config, write
 from ..errors import ConfigError, DataError, JournalError
 from ..events import Event, EventLog, Observer, tee
 from ..identity import own_identity
 from ..journal import Journal, RunIdentity
-from ..nano import FOLDER as NANO
 from ..peft_adapters.bank import Bank
-from ..peft_adapters.layout import FACTORS, Site, Tree
+from ..peft_adapters.layout import FACTORS, Site
 from ..peft_adapters.manifest import Provenance, write_manifest
-from ..peft_adapters.peft_format import SERVABLE_RANKS, load_adapter, save_adapter
+from ..peft_adapters.peft_format import load_adapter
+from ..peft_adapters.pool_size import warnings_of
 from ..server.app import GridPeers
 from ..server.app import build as build_server_app
 from ..server.coordinator import Coordinator
@@ -55,16 +55,24 @@ Progress = Callable[[int], None]
 class Lab:
     """A base model and its participants, loaded and encoded."""
 
-    base: Base
-    bank: Bank
-    layers: tuple[Site, ...]
-    modules: tuple[str, ...]  # all module names of the base, before the bank's layers moved in
+    bench: Workbench
     participants: tuple[Participant, ...]
     truncated: Mapping[str, int]  # rows that were too long, by participant
 
+    @property
+    def base(self) -> Base:
+        return self.bench.base
+
+    @property
+    def bank(self) -> Bank:
+        return self.bench.bank
+
+    @property
+    def layers(self) -> tuple[Site, ...]:
+        return self.bench.layers
+
     def trainer(self, config: Config, progress: Progress = lambda steps: None) -> Trainer:
-        pad = self.base.tokenizer.pad_token_id
-        return Trainer(self.bank, config.clients, 0 if pad is None else int(pad), progress)
+        return Trainer(self.bank, config.clients, self.bench.pad, progress)
 
     def text_digest(self) -> str:
         """SHA-256 of all participants' names and tokens."""
@@ -77,68 +85,53 @@ class Lab:
         return digest.hexdigest()
 
     def strategy(self, config: Config) -> Strategy:
-        return make(config.strategy.name, config.strategy.options, self.layers, config.model.rank)
+        return make(
+            config.strategy.name,
+            config.strategy.options,
+            self.layers,
+            config.model.rank,
+            config.scaling,
+            self.base.digest,
+        )
 
 
 def open_lab(config: Config) -> Lab:
     """Load everything that `config` names.  Raises ModelError, DataError or ConfigError."""
     strategy = config.strategy
-    make(strategy.name, strategy.options, (), config.model.rank)  # mistakes show before long work
-    if config.simulation.threads:
-        torch.set_num_threads(config.simulation.threads)
-    model, data = config.model, config.data
+    # mistakes show before long work
+    made = make(strategy.name, strategy.options, (), config.model.rank)
+    made.check_clients(config.clients)
     silos = silos_of(config)
-    base = load_base(model.base, dtype=model.dtype, quantize=model.quantize, device=model.device)
-    layers = sites(base.model, model.targets)
-    check_rank(model.rank, layers)
     check_participants(config, [silo.client for silo in silos])
-    check_length(data.max_length, base)
-    modules = tuple(name for name, _ in base.model.named_modules())
-    bank = Bank(base.model, layers, config.scaling)
-    participants, truncated = [], {}
-    for silo in silos:
-        train = encode(silo.train, base.tokenizer, data.max_length)
-        held_out = encode(silo.held_out, base.tokenizer, data.max_length)
-        truncated[silo.client] = train.truncated + held_out.truncated
-        participants.append(
-            Participant(silo.client, train.examples, held_out.examples, config.rounds.seed)
-        )
+    bench = open_workbench(config)
+    if not made.integers:  # the signs of a pool may have more columns than a matrix has
+        check_rank(config.model.rank, bench.layers)
+    encoded = [bench.encode(silo, config) for silo in silos]
+    participants = tuple(participant for participant, _ in encoded)
+    truncated = {participant.name: cut for participant, cut in encoded}
     if not any(participant.held_out for participant in participants):
         raise DataError(
             "no participant has held-out rows, so nothing can be measured", "at least two rows each"
         )
-    return Lab(base, bank, tuple(layers), modules, tuple(participants), truncated)
+    return Lab(bench, participants, truncated)
 
 
 def check_participants(config: Config, names: Sequence[str]) -> None:
     """Refuse ranks of participants that do not exist, and a clip of what has no one shape."""
     ranks = config.strategy.options.get("ranks", {})
-    unknown = [name for name in ranks if name not in names]
-    if unknown:
-        raise ConfigError(
-            f"[strategy] ranks names {unknown[0]!r}, who is no participant",
-            f"participants: {', '.join(names)}",
-        )
+    for option in ("ranks", "zeroth"):
+        unknown = [name for name in config.strategy.options.get(option, ()) if name not in names]
+        if unknown:
+            raise ConfigError(
+                f"[strategy] {option} names {unknown[0]!r}, who is no participant",
+                f"participants: {', '.join(names)}",
+            )
     if ranks and config.clients.clip_update and config.strategy.name == "fedavg_lora":
         raise ConfigError("clip_update needs equal ranks: a change of shape has no norm")
 
 
-def check_length(max_length: int, base: Base) -> None:
-    """Refuse rows longer than the model's context."""
-    context = getattr(base.model.config, "max_position_embeddings", None)
-    if isinstance(context, int) and max_length > context:
-        raise ConfigError(
-            f"[data] max_length = {max_length} is more than the context of {base.name}",
-            f"at most {context}",
-        )
-
-
 def check_rank(rank: int, layers: Sequence[Site]) -> None:
-    """Refuse a rank that some adapted layer, or no LoRA server, can have."""
-    if rank > SERVABLE_RANKS[-1]:
-        raise ConfigError(
-            f"[model] rank = {rank} cannot be exported", f"at most {SERVABLE_RANKS[-1]}"
-        )
+    """Refuse a rank that some adapted layer cannot have."""
     for site in layers:
         if rank > min(site.rows, site.columns):
             raise ConfigError(
@@ -246,7 +239,8 @@ def _run(
             {"run": journal.run_id, "truncated": dict(lab.truncated), "meadow": __version__},
         )
     )
-    for notice in journal.notices:
+    advice = warnings_of(config.model.rank, lab.layers) if lab.strategy(config).integers else []
+    for notice in (*journal.notices, *advice):
         observer(Event("notice", 0, {"text": notice}))
     signer = own_identity()  # before the long work
     strategy, trainer = lab.strategy(config), lab.trainer(config, progress)
@@ -263,20 +257,13 @@ def _run(
     def main(peers: GridPeers) -> None:
         coordinator = Coordinator(config, strategy, journal, peers, transforms, observer)
         state = coordinator.run()
-        export(lab, config, strategy.export(state), folder / "adapter", journal.run_id, disk)
+        run_id, bench = journal.run_id, lab.bench
+        bench.export(config, strategy.export(state), folder / "adapter", run_id, disk)
         write_manifest(folder, signer, provenance(config, lab, journal), disk)
-        if strategy.personal:
-            for member in members:
-                sent = strategy.broadcast(state, coordinator.turn(config.rounds.count))
-                own = member.own(sent, coordinator.turn(config.rounds.count, client=member.name))
-                export(
-                    lab,
-                    config,
-                    own.adapter,
-                    personal_folder(folder, member.name),
-                    journal.run_id,
-                    disk,
-                )
+        for member in members if strategy.personal else ():
+            sent = strategy.broadcast(state, coordinator.turn(config.rounds.count))
+            own = member.own(sent, coordinator.turn(config.rounds.count, client=member.name))
+            bench.export(config, own.adapter, personal_folder(folder, member.name), run_id, disk)
 
     def groups(cohort: Sequence[str]) -> list[list[str]]:
         return [list(cohort[start : start + group]) for start in range(0, len(cohort), group)]
@@ -318,21 +305,6 @@ def measure(lab: Lab, config: Config, adapter: Path) -> dict[str, Any]:
             tokens += found[0].tokens
             sums = [total + f.loss * f.tokens for total, f in zip(sums, found, strict=True)]
     return {"base_loss": sums[0] / tokens, "loss": sums[1] / tokens, "losses": losses}
-
-
-def export(lab: Lab, config: Config, tree: Tree, folder: Path, run_id: str, disk: Disk) -> None:
-    """Write a LoRA adapter in PEFT's format."""
-    base = str(NANO) if lab.base.name == "nano" else lab.base.name
-    metadata = {"base_digest": lab.base.digest, "run": run_id}
-    save_adapter(
-        folder,
-        tree,
-        scaling=config.scaling,
-        base=base,
-        modules=lab.modules,
-        metadata=metadata,
-        disk=disk,
-    )
 
 
 def provenance(config: Config, lab: Lab, journal: Journal) -> Provenance:

@@ -6,12 +6,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..client.task import Participant, answer
-from ..client.trainer import Trainer
+from ..client.trainer import Trainer, shared_pass
 from ..errors import MeadowError
-from ..strategies.base import Answer, Request, Sgd
+from ..strategies.base import Answer, Probe, Request, Sgd
 
 log = logging.getLogger(__name__)
 
@@ -67,17 +67,20 @@ class Rendezvous:
     ) -> dict[str, Answer | BaseException]:
         """One pass for requests that may share it; where one of them fails, each by itself, so
         that only the guilty one's fails."""
-        jobs = [
-            person.job(request) for person, request in posted.values() if isinstance(request, Sgd)
-        ]
-        if len(jobs) > 1:
+        if len(posted) > 1:
             try:
-                return dict(zip(posted, self._trainer.sgd(jobs), strict=True))
+                return dict(zip(posted, self._pass(list(posted.values())), strict=True))
             except MeadowError:
                 pass  # found again below, alone and by name
             except Exception:  # nobody may be left waiting, and nothing may be hidden
                 log.warning("the fused pass failed; its clients train alone", exc_info=True)
         return {name: self._alone(person, request) for name, (person, request) in posted.items()}
+
+    def _pass(self, posted: list[tuple[Participant, Request]]) -> Sequence[Answer]:
+        """One pass for requests of one kind."""
+        steps = [person.job(request) for person, request in posted if isinstance(request, Sgd)]
+        probes = [person.job(request) for person, request in posted if isinstance(request, Probe)]
+        return self._trainer.sgd(steps) if steps else self._trainer.probe(probes)
 
     def _alone(self, person: Participant, request: Request) -> Answer | BaseException:
         try:
@@ -89,5 +92,7 @@ class Rendezvous:
 def _kind(name: str, request: Request) -> object:
     """Requests of one kind may be answered in one pass."""
     if isinstance(request, Sgd):
-        return (request.steps, request.train, request.side is None)
+        return shared_pass(request)
+    if isinstance(request, Probe):
+        return request.pool
     return name

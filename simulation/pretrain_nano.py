@@ -2,7 +2,8 @@
 
 One seed and one command give the weights in `meadow/nano/base`; the loss that they reached is
 written beside them in `training.json`.  Hidden matrices are trained by Muon (orthogonalised
-momentum, Jordan et al. 2024), embeddings and norms by AdamW.
+momentum, Jordan et al. 2024), embeddings and norms by AdamW.  A run that was stopped continues
+from its last checkpoint (`--checkpoint FILE`) with the same numbers.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -180,19 +183,72 @@ def optimizers_of(
     ]
 
 
+class Checkpoint:
+    """Weights, optimiser state and history of a stopped run, in one safetensors file."""
+
+    def __init__(
+        self,
+        path: Path | None,
+        model: LlamaForCausalLM,
+        optimizers: list[torch.optim.Optimizer],
+        settings: str,
+    ) -> None:
+        self.path, self.model, self.optimizers = path, model, optimizers
+        self.settings = settings  # of another run: refused, because the numbers would differ
+
+    def save(self, step: int, running: float, history: list[dict[str, float]]) -> None:
+        if self.path is None:
+            return
+        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        for index, optimizer in enumerate(self.optimizers):
+            for key, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"{index}.{key}.{name}": value for name, value in state.items()}
+        progress = {"step": step, "running": running, "history": history}
+        metadata = {"settings": self.settings, "progress": json.dumps(progress)}
+        temporary = self.path.with_suffix(".tmp")
+        save_file({k: v.clone() for k, v in tensors.items()}, temporary, metadata)
+        temporary.replace(self.path)
+
+    def load(self) -> tuple[int, float, list[dict[str, float]]]:
+        """Step to go on with, running loss and history; those of a fresh run if there is none."""
+        if self.path is None or not self.path.exists():
+            return 0, math.nan, []
+        with safe_open(self.path, "pt") as file:
+            metadata = file.metadata()
+            if metadata["settings"] != self.settings:
+                raise SystemExit(f"{self.path} belongs to a run of other settings: remove it")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        states: list[dict[int, dict[str, torch.Tensor]]] = [
+            defaultdict(dict) for _ in self.optimizers
+        ]
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(tensors.pop(f"model.{name}"))
+        for path, value in tensors.items():
+            index, key, name = path.split(".")
+            states[int(index)][int(key)][name] = value
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
+        progress = json.loads(metadata["progress"])
+        return progress["step"], progress["running"], progress["history"]
+
+
 def train(
     model: LlamaForCausalLM,
     sources: list[tuple[Iterator[torch.Tensor], int]],
     steps: int,
-    muon: float,
-    adamw: float,
+    optimizers: list[torch.optim.Optimizer],
     held: torch.Tensor,
+    checkpoint: Checkpoint,
 ) -> list[dict[str, float]]:
-    optimizers = optimizers_of(model, muon, adamw)
+    """Losses by step; the model is trained in place."""
     compiled = torch.compile(model)
     peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    history, running, began = [], math.nan, time.monotonic()
-    for step in range(steps):
+    first, running, history = checkpoint.load()
+    began = time.monotonic()
+    for _ in range(first):
+        batch_of(sources)
+    for step in range(first, steps):
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * learning_rate(step, steps)
         loss = loss_of(compiled, batch_of(sources))
@@ -205,6 +261,7 @@ def train(
         if (step + 1) % 200 == 0 or step + 1 == steps:
             history.append({"step": step + 1, "train": running, "held_out": evaluate(model, held)})
             log.info("%s, %.0f s", history[-1], time.monotonic() - began)
+            checkpoint.save(step + 1, running, history)
     return history
 
 
@@ -219,51 +276,62 @@ def save(
     (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
-def main() -> None:
+def texts_of() -> tuple[list[str], list[str], list[str]]:
+    """Code and manual, tests, and every fiftieth file (without tests) held out."""
+    files = list(pretraining_files())
+    held_names = {name for index, (name, _, _) in enumerate(files) if index % 50 == 25}
+    code = [text for name, text, test in files if not test and name not in held_names]
+    tests = [text for name, text, test in files if test and name not in held_names]
+    held = [text for name, text, test in files if not test and name in held_names]
+    return code, tests, held
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--checkpoint", type=Path, help="written every 200 steps; continued from")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--muon", type=float, default=4e-3)
     parser.add_argument("--adamw", type=float, default=3e-3)
     parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    files = list(pretraining_files())
-    held_names = {name for index, (name, _, _) in enumerate(files) if index % 50 == 25}
-    code = [text for name, text, test in files if not test and name not in held_names]
-    tests = [text for name, text, test in files if test and name not in held_names]
-    held = [text for name, text, test in files if not test and name in held_names]
-    tokenizer = train_tokenizer(code)
-    streams = [tokenize(texts, tokenizer) for texts in (code, tests, held)]
-    log.info("tokens: %s code, %s tests, %s held out", *map(len, streams))
+    settings = " ".join(
+        f"--{key} {value}"
+        for key, value in vars(options).items()
+        if key not in ("out", "checkpoint")
+    )
+    texts = texts_of()
+    tokenizer = train_tokenizer(texts[0])
+    code, tests, held = (tokenize(part, tokenizer) for part in texts)
+    log.info("tokens: %s code, %s tests, %s held out", len(code), len(tests), len(held))
     generator = torch.Generator().manual_seed(options.seed)
     test_rows = round(TEST_SHARE * options.batch)
     sources = [
-        (windows(streams[0], generator), options.batch - test_rows),
-        (windows(streams[1], generator), test_rows),
+        (windows(code, generator), options.batch - test_rows),
+        (windows(tests, generator), test_rows),
     ]
     model = build_model()
-    parameters = sum(p.numel() for p in model.parameters())
-    history = train(model, sources, options.steps, options.muon, options.adamw, streams[2])
-    save(
-        model,
-        tokenizer,
-        options.out,
-        {
-            "command": "python -m meadow.simulation.pretrain_nano "
-            + " ".join(f"--{key} {value}" for key, value in vars(options).items() if key != "out"),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "parameters": parameters,
-            "tokens_seen": options.steps * options.batch * CONTEXT,
-            "characters_per_token": sum(map(len, held)) / len(streams[2]),
-            "history": history,
-        },
-    )
+    optimizers = optimizers_of(model, options.muon, options.adamw)
+    checkpoint = Checkpoint(options.checkpoint, model, optimizers, settings)
+    report = {
+        "command": f"python -m meadow.simulation.pretrain_nano {settings}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens_seen": options.steps * options.batch * CONTEXT,
+        "characters_per_token": sum(map(len, texts[2])) / len(held),
+        "history": train(model, sources, options.steps, optimizers, held, checkpoint),
+    }
+    save(model, tokenizer, options.out, report)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from ..config import FORMAT, Config, StrategyConfig, write
 from ..strategies.base import Strategy
 from ..strategies.registry import STRATEGIES, options_of
-from .strategy_table import CLIENTS, RANK, markdown, rows
+from .strategy_table import CLIENTS, STEPS, markdown, rows
 
 BEGIN, END = "<!-- strategies:begin -->", "<!-- strategies:end -->"
 RUN_TOML = Path("docs/ref-run-toml.md")
@@ -136,18 +136,22 @@ def strategies_page() -> str:
 
 _LEGEND = f"""\
 - **lines**: lines of code of the strategy's file, without comments and docstrings.
-- **up, down**: kilobytes (1,000 bytes) of one client's message in one round, in float32, for the
-  embedded base nano with rank {RANK} on all linear layers and {CLIENTS} clients; `[clients] wire =
-  "bfloat16"` halves what goes up. With d the sum of an adapted layer's input and output size, all
-  factors are 4 r Σd bytes. A range is the least and the most over the rounds: a side adapter
-  grows by every round's new directions until it has its `width`.
+- **rank**: r of the row's figures, the one that `meadow init --strategy` writes. A pool has r²
+  directions, so that its rank is larger.
+- **up, down**: kilobytes (1,000 bytes) of one client's message in one round of {STEPS} steps, in
+  float32, for the embedded base nano with that rank on all linear layers and {CLIENTS} clients;
+  `[clients] wire = "bfloat16"` halves what goes up. With d the sum of an adapted layer's input and
+  output size, all factors are 4 r Σd bytes. A range is the least and the most over the rounds: a
+  side adapter grows by every round's new directions until it has its `width`. Pools send
+  integers: 4 r² bytes down, and up the same, or a byte a step.
 - **mixed ranks**: participants may train smaller ranks than the model's (option `ranks`).
 - **quantised base**: works over a 4- or 8-bit base. All do: base weights are never written.
 - **secure sum**: with its default options the coordinator needs no more than a weighted sum of
   what clients send, so that a secure sum could hide the parts. None is built in yet.
 - **DP**: what Gaussian noise on the updates does to the model. "noise product": noise on A and
-  B multiplies in B A; "good": one factor moves at a time, so noise stays linear. No noise is
-  added yet: nothing here is differentially private.
+  B multiplies in B A; "good": one factor moves at a time, so noise stays linear;
+  "open": integers, to which noise would have to be fitted. No noise is added yet: nothing here is
+  differentially private.
 - **personal**: a part of each client's model stays with it.
 """
 

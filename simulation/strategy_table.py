@@ -11,6 +11,7 @@ import inspect
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,21 @@ import torch
 from ..client.task import drive
 from ..nano import FOLDER
 from ..peft_adapters.layout import Site
-from ..strategies.base import Answer, Request, Sgd, State, Strategy, Trained, Turn
+from ..strategies.base import (
+    Answer,
+    Loss,
+    Probe,
+    Probed,
+    Request,
+    State,
+    Strategy,
+    Trained,
+    Turn,
+)
 from ..strategies.messages import pack_update, turn_to_json
 from ..strategies.registry import STRATEGIES, make
 
-RANK, CLIENTS = 8, 8
+RANK, CLIENTS, STEPS = 8, 8, 200
 _ROUNDS = 4  # after so many the side adapters have reached their width
 
 Row = dict[str, Any]
@@ -38,9 +49,11 @@ def rows() -> list[Row]:
 
 @cache
 def _row(kind: type[Strategy]) -> Row:
-    up, down = measured_bytes(make(kind.name, {}, nano_sites(), RANK))
+    rank = kind.customary_rank or RANK
+    up, down = measured_bytes(make(kind.name, {}, nano_sites(), rank))
     return {
         "name": kind.name,
+        "rank": rank,
         "file": Path(inspect.getfile(kind)).name,
         "summary": kind.summary,
         "paper": kind.paper,
@@ -58,7 +71,7 @@ def _row(kind: type[Strategy]) -> Row:
 
 
 _HEADS = (
-    "strategy", "lines", "paper", "what it does", "KB up", "KB down", "mixed ranks",
+    "strategy", "lines", "paper", "what it does", "rank", "KB up", "KB down", "mixed ranks",
     "quantised base", "secure sum", "DP", "personal",
 )  # fmt: skip
 
@@ -76,15 +89,19 @@ def _cells(row: Row, folder: str) -> list[str]:
     arxiv = row["paper"].removeprefix("arXiv ")
     return [
         f"[`{row['name']}`]({folder}{row['file']})", str(row["lines"]),
-        f"[{row['paper']}](https://arxiv.org/abs/{arxiv})", row["summary"],
+        f"[{row['paper']}](https://arxiv.org/abs/{arxiv})", row["summary"], str(row["rank"]),
         _kilobytes(row, "bytes_up"), _kilobytes(row, "bytes_down"), flags["mixed_ranks"],
         flags["quantized_base"], flags["secure_sum"], row["dp"], flags["personal"],
     ]  # fmt: skip
 
 
 def _kilobytes(row: Row, key: str) -> str:
-    least, most = (f"{row[name] / 1000:,.0f}" for name in (f"least_{key}", key))
+    least, most = (_short(row[name] / 1000) for name in (f"least_{key}", key))
     return least if least == most else f"{least}–{most}"
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.1f}"
 
 
 def lines_of_code(source: str) -> int:
@@ -134,13 +151,13 @@ def measured_bytes(strategy: Strategy) -> tuple[list[int], list[int]]:
     generator = torch.Generator().manual_seed(1)
     up, down = [], []
     for number in range(1, _ROUNDS + 1):
-        turn = Turn(number, _ROUNDS, 1)
+        turn = Turn(number, _ROUNDS, 1, STEPS)
         sent, reducer = strategy.broadcast(state, turn), strategy.reducer(turn)
         for client, memory in enumerate(memories):
-            own = Turn(number, _ROUNDS, 1, client=f"client-{client}")
+            own = Turn(number, _ROUNDS, 1, STEPS, client=f"client-{client}")
             work = strategy.work(sent, memory, own)
             update, memories[client] = drive(work, lambda asked: _moved(asked, generator))
-            reducer.fold(update)
+            reducer.fold(replace(update, sender=own.client))
         down.append(len(pack_update(sent, turn=turn_to_json(own))))
         up.append(len(pack_update(update)))
         state = strategy.step(state, reducer.total(), turn)
@@ -148,8 +165,12 @@ def measured_bytes(strategy: Strategy) -> tuple[list[int], list[int]]:
 
 
 def _moved(request: Request, generator: torch.Generator) -> Answer:
-    """A training that moved every number somewhere."""
-    assert isinstance(request, Sgd)
+    """A training that moved every number somewhere, or losses that a direction changed."""
+    assert not isinstance(request, Loss)
+    if isinstance(request, Probe):
+        shape = (len(request.directions), 2)
+        losses = 1 + 1e-3 * torch.rand(shape, generator=generator, dtype=torch.float64)
+        return Probed(losses, examples=100, tokens=1000)
     adapter = {
         name: tensor + torch.randn(tensor.shape, generator=generator)
         if name.endswith(request.train) else tensor

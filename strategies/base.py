@@ -18,8 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
+from ..config import ClientsConfig
 from ..peft_adapters.layout import Site, Tree
+from ..peft_adapters.pool import Pool
 
 Json = Any  # what json.dumps takes
 
@@ -28,8 +31,8 @@ def option(default: Any, about: str, least: float | None = None, most: float | N
     """A field of a strategy that run.toml may set, with the text that help shows and, for a
     number, the least value allowed."""
     metadata = {"about": about, "least": least, "most": most}
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata=metadata)
+    if isinstance(default, (dict, list)):  # empty ones
+        return field(default_factory=type(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -41,6 +44,8 @@ class Update:
     weight: float = 1.0
     count: int = 1
     notes: Mapping[str, Json] = field(default_factory=dict)  # never summed
+    sender: str = ""  # set by who received it, never read from a message
+    parts: tuple[Update, ...] = ()  # in a total: the updates, where the strategy combines them
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class Sgd:
     first_step: int = 0  # cumulative steps of this client: places its data cursor and schedule
     total_steps: int = 0  # the schedule's horizon, in this client's steps
     train: tuple[str, ...] = ("lora_A", "lora_B")  # which factors move
+    pool: Pool | None = None  # the adapter is this pool's cores, in units of `scale`
+    scale: float = 1.0  # with a pool: the weight change that a 1 in a core stands for
     side: Tree | None = None  # a frozen adapter under the trained one
     optimizer: Tree | None = None  # kept AdamW state, as `Trained.optimizer` gave it
     proximal: float = 0.0  # FedProx's mu, towards `adapter`
@@ -108,8 +115,32 @@ class Measured:
     tokens: int
 
 
-Request = Sgd | Loss
-Answer = Trained | Measured
+@dataclass(frozen=True)
+class Probe:
+    """Measure the loss at +epsilon and -epsilon along directions of a pool, over one batch.
+
+    The model is W0 + 2^-unit U Q V^T; nothing is written to it.  The batch's rows are dealt evenly
+    to the directions (one row each where there are as many directions as rows).
+    """
+
+    pool: Pool
+    q: Tensor  # int64 (cores, r, r)
+    directions: tuple[int, ...]  # k = a * r + b
+    epsilon: float  # a power of two
+    step: int  # cumulative steps of this client: places its data cursor
+
+
+@dataclass(frozen=True)
+class Probed:
+    """The answer to `Probe`."""
+
+    losses: Tensor  # float64 (directions, 2): at +epsilon, at -epsilon; means over their rows
+    examples: int  # rows in the client's training set
+    tokens: int  # response tokens in the batch
+
+
+Request = Sgd | Loss | Probe
+Answer = Trained | Measured | Probed
 Work = Generator[Request, Any, tuple[Update, State]]
 """Yields requests, returns the update to send and the client's memory for its next round."""
 
@@ -153,10 +184,12 @@ class Mean(Reducer):
 @dataclass(frozen=True, kw_only=True)
 class Strategy(ABC):
     """One federated algorithm.  Subclasses are frozen dataclasses whose fields are its options;
-    `sites` and `rank`, which both sides know from the model and the config, are not options."""
+    those of this class, which both sides know from the model and the config, are not options."""
 
     sites: tuple[Site, ...] = ()
     rank: int = 8
+    scaling: float = 1.0  # alpha / r of the exported adapter
+    base_digest: str = ""
 
     name: ClassVar[str]
     paper: ClassVar[str]
@@ -165,6 +198,8 @@ class Strategy(ABC):
     secure_sum: ClassVar[bool] = True  # a plain weighted sum is all that the coordinator needs
     personal: ClassVar[bool] = False  # a part of each client's model stays with it
     dp: ClassVar[str] = "noise product"  # what Gaussian noise on its updates does
+    customary_rank: ClassVar[int | None] = None  # [model] rank and alpha, where not the default
+    integers: ClassVar[bool] = False  # updates are exact integers: neither clipped nor rounded
 
     @abstractmethod
     def init(self, seed: int) -> State:
@@ -194,12 +229,18 @@ class Strategy(ABC):
     def template(self, sent: Update, turn: Turn) -> Mapping[str, tuple[int, ...]]:
         """Names and shapes of the update that `turn.client` has to answer `sent` with."""
 
+    def validate(self, update: Update, turn: Turn) -> None:  # noqa: B027
+        """Raise UpdateError for a contribution of the right shapes that cannot be true."""
+
     def reducer(self, turn: Turn) -> Reducer:
         """How updates are combined."""
         return Mean()
 
     def check(self) -> None:  # noqa: B027 (not abstract: most have nothing to check)
         """Raise ConfigError, in a sentence, for options that contradict each other."""
+
+    def check_clients(self, clients: ClientsConfig) -> None:  # noqa: B027
+        """Raise ConfigError for settings of [clients] that this strategy cannot work with."""
 
     def report(self, total: Update, turn: Turn) -> dict[str, float]:
         """Figures of this round for the metrics, from the combined update."""

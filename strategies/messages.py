@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -14,6 +14,8 @@ from .base import Json, State, Turn, Update
 
 SENT = (torch.float32, torch.bfloat16)
 """What [clients] wire allows.  A finite float64 could be infinite once it is rounded."""
+INTEGERS = (torch.int8, torch.int32)
+"""What a strategy of integers sends."""
 
 
 def pack_update(update: Update, **header: Json) -> bytes:
@@ -28,17 +30,23 @@ def unpack_update(data: bytes) -> tuple[Update, dict[str, Json]]:
     return _update(tensors, meta), meta
 
 
-def check_contribution(data: bytes, expect: Mapping[str, tuple[int, ...]], who: str) -> Update:
+def check_contribution(
+    data: bytes,
+    expect: Mapping[str, tuple[int, ...]],
+    who: str,
+    types: Sequence[torch.dtype] = SENT,
+) -> Update:
     """A client's update, refused with UpdateError or FormatError unless it is exactly what was
     asked for: names, shapes (before any parsing), finite numbers, a sane weight and count."""
     tensors, meta = decode(data, expect=expect)
     update = _update(tensors, meta)
     if not (math.isfinite(update.weight) and 0 <= update.weight <= 1e9) or update.count != 1:
         raise UpdateError(f"{who}: weight {update.weight} or count {update.count} cannot be true")
-    if any(tensor.dtype not in SENT for tensor in update.tensors.values()):
-        raise UpdateError(f"{who}: only float32 and bfloat16 tensors are accepted")
+    if any(tensor.dtype not in types for tensor in update.tensors.values()):
+        known = " and ".join(str(dtype).removeprefix("torch.") for dtype in types)
+        raise UpdateError(f"{who}: only {known} tensors are accepted")
     require_finite(update.tensors, who)
-    return update
+    return dataclasses.replace(update, sender=who)
 
 
 def _update(tensors: dict[str, Json], meta: Json) -> Update:

@@ -14,16 +14,29 @@ from .base import Strategy
 from .diloco import DiLoCo
 from .fedavg_lora import FedAvgLora
 from .fedex_lora import FedExLora
+from .fedkseed import FedKSeed
 from .fedsa_lora import FedSaLora
 from .ffa_lora import FfaLora
 from .flora import FLora
+from .pool_lora import PoolLora
 from .rolora import RoLora
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    kind.name: kind for kind in (FedAvgLora, FfaLora, RoLora, FLora, FedExLora, FedSaLora, DiLoCo)
+    kind.name: kind
+    for kind in (
+        FedAvgLora,
+        FfaLora,
+        RoLora,
+        FLora,
+        FedExLora,
+        FedSaLora,
+        DiLoCo,
+        FedKSeed,
+        PoolLora,
+    )
 }
 
-_FRAME = ("sites", "rank")  # known from the model and [model], not options
+_FRAME = tuple(part.name for part in dataclasses.fields(Strategy))  # known, not options
 
 
 def options_of(kind: type[Strategy]) -> list[dataclasses.Field[Any]]:
@@ -32,7 +45,12 @@ def options_of(kind: type[Strategy]) -> list[dataclasses.Field[Any]]:
 
 
 def make(
-    name: str, options: Mapping[str, Any], sites: Sequence[Site] = (), rank: int = 8
+    name: str,
+    options: Mapping[str, Any],
+    sites: Sequence[Site] = (),
+    rank: int = 8,
+    scaling: float = 1.0,
+    base_digest: str = "",
 ) -> Strategy:
     """A strategy with its options checked.  Raises ConfigError naming the nearest known word."""
     if name not in STRATEGIES:
@@ -40,7 +58,7 @@ def make(
     kind = STRATEGIES[name]
     hints = get_type_hints(kind)
     parts = {part.name: part for part in options_of(kind)}
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in options.items():
         if key not in parts:
             raise ConfigError(f"strategy {name} has no option {key!r}", _nearest(key, list(parts)))
@@ -48,7 +66,8 @@ def make(
         values[key] = checked(
             value, hints[key], f"[strategy] {key}", bounds["least"], bounds["most"]
         )
-    strategy = kind(sites=tuple(sites), rank=rank, **values)
+    values |= {"sites": tuple(sites), "rank": rank, "scaling": scaling, "base_digest": base_digest}
+    strategy = kind(**values)
     strategy.check()
     return strategy
 

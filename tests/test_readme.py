@@ -73,3 +73,25 @@ def test_ones_own_text_following_the_readme_only(tmp_path: Path) -> None:
         json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()
     ]
     assert len(metrics) == 3 and metrics[-1]["train_loss"].keys() == {"ada", "bob", "eve"}
+
+
+@pytest.mark.long
+def test_bytes_instead_of_gradients_following_the_readme_only(tmp_path: Path) -> None:
+    """The README's rows once more; `meadow peer demo` has a test of its own."""
+    rows = code(section("Your own text"), "json")[0]
+    (tmp_path / "text.jsonl").write_text(rows)
+    bytes_section = section("Participants that can only run inference, and no coordinator")
+    first, second = code(bytes_section, "sh")
+    assert second.strip() == "meadow peer demo"
+    for line in first.splitlines():
+        command = shlex.split(line, comments=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "meadow.cli", *command[1:]],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    written = (tmp_path / "runs/bytes/metrics.jsonl").read_text().splitlines()
+    last = json.loads(written[-1])
+    assert last["round"] == 10 and last["loss"] < json.loads(written[0])["loss"]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
+from pools import small_pool
 
 from meadow.client.encode import Example
 from meadow.client.task import Participant, answer, drive
 from meadow.client.trainer import Job, Trainer
+from meadow.peft_adapters.layout import Site
 from meadow.strategies.base import (
     Answer,
     Loss,
     Measured,
+    Probe,
+    Probed,
     Request,
     Sgd,
     State,
@@ -33,15 +37,20 @@ class Recorder:
     def __init__(self) -> None:
         self.asked: list[object] = []
 
-    def sgd(self, jobs: list[Job]) -> list[Trained]:
+    def sgd(self, jobs: list[Job[Any]]) -> list[Trained]:
         self.asked.append(jobs)
         return [Trained({}, {}, 2.5, len(job.examples), 9) for job in jobs]
+
+    def probe(self, jobs: list[Job[Any]]) -> list[Probed]:
+        self.asked.append(jobs)
+        return [PROBED for _ in jobs]
 
     def loss(self, request: Loss, examples: object) -> Measured:
         self.asked.append((request, examples))
         return Measured(1.5, 4)
 
 
+PROBED = Probed(torch.ones(1, 2), 2, 9)
 ADA = Participant("ada", [example(1), example(2)], [example(3)], seed=7)
 
 
@@ -52,6 +61,13 @@ def test_training_reads_the_training_rows_and_measuring_the_others() -> None:
     assert answer(train, ADA, trainer) == Trained({}, {}, 2.5, 2, 9)
     assert answer(measure, ADA, trainer) == Measured(1.5, 4)
     assert recorder.asked == [[Job(train, ADA.train, "ada", 7)], (measure, ADA.held_out)]
+
+
+def test_probing_reads_the_training_rows() -> None:
+    recorder, pool = Recorder(), small_pool((Site("one", 2, 2),))
+    probe = Probe(pool, pool.zero(), (3,), 0.5, 6)
+    assert answer(probe, ADA, cast(Trainer, recorder)) is PROBED
+    assert recorder.asked == [[Job(probe, ADA.train, "ada", 7)]]
 
 
 def measured_twice(results: list[Answer]) -> Work:

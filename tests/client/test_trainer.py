@@ -79,7 +79,7 @@ def tree(layers: Sequence[Site], seed: int, rank: int = RANK) -> Tree:
     }
 
 
-def jobs(layers: Sequence[Site], count: int, **request: Any) -> list[Job]:
+def jobs(layers: Sequence[Site], count: int, **request: Any) -> list[Job[Any]]:
     return [
         Job(Sgd(tree(layers, index), STEPS, **request), text(index), f"client-{index}", SEED)
         for index in range(count)
@@ -95,7 +95,7 @@ def identical(first: Tree, second: Tree) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
-def by_peft(job: Job, recipe: ClientsConfig = RECIPE, side: Tree | None = None) -> Tree:
+def by_peft(job: Job[Any], recipe: ClientsConfig = RECIPE, side: Tree | None = None) -> Tree:
     """The job done by PEFT, transformers' own loss, torch's clipping and torch's AdamW.
 
     FedProx is its definition: mu / 2 |w - w0|^2 is part of the loss.
@@ -332,7 +332,7 @@ def test_a_gradient_that_is_not_finite_names_its_client(bank: Bank) -> None:
         trainer(bank).sgd(work)
 
 
-def split_in_two(worker: Trainer, job: Job, first: int) -> Trained:
+def split_in_two(worker: Trainer, job: Job[Any], first: int) -> Trained:
     """The job as two calls, the second over what the first one left."""
     head = worker.sgd([replace(job, request=replace(job.request, steps=first))])[0]
     rest = replace(
@@ -422,7 +422,7 @@ def test_unlike_jobs_do_not_share_a_pass(bank: Bank) -> None:
     first, second = jobs(bank.sites, 2)
     for change in ({"steps": 5}, {"train": ("lora_B",)}, {"side": tree(bank.sites, 7)}):
         other = replace(second, request=replace(second.request, **change))
-        with pytest.raises(ValueError, match="equal steps, factors and side adapters"):
+        with pytest.raises(ValueError, match="equal steps, factors, side and pool"):
             trainer(bank).sgd([first, other])
 
 

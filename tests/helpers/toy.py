@@ -1,22 +1,28 @@
 """A federation without a model: each client pulls the product towards a matrix of its own.
 
 Client k answers `Sgd` by gradient descent with momentum on the sum, over the layers, of
-|B A + side - W_k|^2 / 2 (its momentum stands for AdamW's kept state) and `Loss` by that sum.
+|B A + side - W_k|^2 / 2 (its momentum stands for AdamW's kept state), `Loss` by that sum and
+`Probe` by that sum at either side of the state.  Cores lie between their pool's signs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
 from meadow.client.task import drive
+from meadow.peft_adapters.bank import core_stack
 from meadow.peft_adapters.layout import Site, Tree, modules_of
+from meadow.peft_adapters.pool import Pool
 from meadow.strategies.base import (
     Answer,
     Loss,
     Measured,
+    Probe,
+    Probed,
     Request,
     Sgd,
     State,
@@ -26,6 +32,8 @@ from meadow.strategies.base import (
     Update,
 )
 from meadow.strategies.messages import (
+    INTEGERS,
+    SENT,
     check_contribution,
     pack_state,
     pack_update,
@@ -64,6 +72,22 @@ def mean_product(updates: Sequence[Update]) -> Tree:
     return {s.name: sum(share * part[s.name] for part, share in parts) for s in SITES}  # type: ignore[misc]
 
 
+def between_signs(pool: Pool, cores: torch.Tensor, scale: float = 1.0) -> Tree:
+    """scale U C V^T of every site as an adapter."""
+    tree = {}
+    for index, site in enumerate(pool.sites):
+        core = cores[index if pool.cores == "per_layer" else 0]
+        left, right = _signs(pool, index)
+        tree[f"{site.name}.lora_A"] = right.to(core)
+        tree[f"{site.name}.lora_B"] = scale * left.to(core).T @ core
+    return tree
+
+
+@cache
+def _signs(pool: Pool, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return pool.left(index), pool.right(index)
+
+
 def apart(first: Tree, second: Tree) -> float:
     """The largest difference of equally named tensors; infinite where names differ."""
     if first.keys() != second.keys():
@@ -89,12 +113,25 @@ class ToyClient:
     def answer(self, request: Request) -> Answer:
         if isinstance(request, Loss):
             return Measured(float(self._loss(request.adapter, request.side)), 7)
+        if isinstance(request, Probe):
+            return self._probe(request)
         return self._train(request)
+
+    def _probe(self, request: Probe) -> Probed:
+        pool, losses = request.pool, []
+        for k in request.directions:
+            step = pool.zero().double().view(-1, pool.size)
+            step[:, k] = request.epsilon
+            at = request.q.double() * 2.0**-pool.unit
+            both = (at + sign * step.view(at.shape) for sign in (1, -1))
+            losses.append([float(self._loss(between_signs(pool, c), None)) for c in both])
+        return Probed(torch.tensor(losses, dtype=torch.float64), self.examples, 11)
 
     def _loss(self, tree: Tree, side: Tree | None) -> torch.Tensor:
         losses = []
         for name, target in self.targets.items():
             got = tree[f"{name}.lora_B"] @ tree[f"{name}.lora_A"]
+            target = target.to(got)
             if side is not None:
                 got = got + side[f"{name}.lora_B"] @ side[f"{name}.lora_A"]
             losses.append((got - target).square().sum() / 2)
@@ -108,7 +145,11 @@ class ToyClient:
         losses = []
         for _ in range(request.steps):
             leaves = {n: t.detach().requires_grad_(n in moving) for n, t in tree.items()}
-            loss = self._loss(leaves, request.side)
+            adapter = leaves
+            if request.pool:
+                cores = core_stack(request.pool, leaves)
+                adapter = between_signs(request.pool, cores, request.scale)
+            loss = self._loss(adapter, request.side)
             losses.append(loss.item())
             gradients = torch.autograd.grad(loss, [leaves[name] for name in moving])
             for name, gradient in zip(moving, gradients, strict=True):
@@ -167,7 +208,10 @@ class ToyFederation:
         work = self.strategy.work(received, self.memories[client.name], turn)
         update, self.memories[client.name] = drive(work, client.answer)
         expect = self.strategy.template(self.sent, turn)
-        return check_contribution(pack_update(update), expect, client.name)
+        types = INTEGERS if self.strategy.integers else SENT
+        update = check_contribution(pack_update(update), expect, client.name, types)
+        self.strategy.validate(update, turn)
+        return update
 
     def loss(self, number: int) -> float:
         """The mean of what each client would measure after round `number`."""
@@ -176,5 +220,6 @@ class ToyFederation:
         losses = []
         for client, turn in zip(self.clients, turns, strict=True):
             measured = client.answer(self.strategy.own(received, self.memories[client.name], turn))
+            assert isinstance(measured, Measured)
             losses.append(measured.loss)
         return sum(losses) / len(losses)

@@ -9,6 +9,7 @@ import pytest
 
 from meadow.cli import main
 from meadow.config import Config, load
+from meadow.strategies.registry import STRATEGIES
 
 ROWS = [
     {
@@ -74,6 +75,7 @@ def test_init_writes_the_defaults_and_never_overwrites(
         ('[strategy]\nrefine = "none"\nranks = { ada = 2 }', "mixed ranks need refine"),
         ("[model]\nrank = 100000", "cannot be exported"),
         ('[strategy]\nrefine = "product_svd"\nranks = { zoe = 2 }', "who is no participant"),
+        ('[strategy]\nname = "pool_lora"\nzeroth = ["zoe"]', "who is no participant"),
         ('[strategy]\nname = "flora"\nwidth = 200', "cannot be exported"),
         ('[model]\ntargets = ["query"]', "match no linear layer"),
         ('[model]\nbase = "./nowhere"', "nowhere"),
@@ -166,5 +168,18 @@ def test_an_adapter_that_is_not_finite_is_refused(
 def test_strategies_lists_every_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "strategies.json"
     assert main(["strategies", "--json", str(report)]) == 0
-    names = {path.stem for path in Path(__file__).parents[2].joinpath("strategies").glob("*lo*.py")}
-    assert {row["name"] for row in json.loads(report.read_text())} == names
+    rows = json.loads(report.read_text())
+    folder = Path(__file__).parents[2] / "strategies"
+    assert [row["name"] for row in rows] == list(STRATEGIES)
+    assert all((folder / row["file"]).is_file() and row["options"] for row in rows)
+
+
+@pytest.mark.parametrize("name", ["fedkseed", "pool_lora", "diloco"])
+def test_init_writes_the_strategys_customary_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert main(["init", "--out", str(tmp_path), "--strategy", name]) == 0
+    written, plain = load(tmp_path / "run.toml"), Config()
+    rank = STRATEGIES[name].customary_rank
+    assert (written.model.rank, written.scaling) == ((rank, 1.0) if rank else (8, plain.scaling))
+    assert written.strategy.name == name and written.strategy.options

@@ -16,14 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meadow.config import Config
-from meadow.errors import QuorumError
+from meadow.errors import QuorumError, UpdateError
 from meadow.events import Event
 from meadow.journal import Journal, RunIdentity
 from meadow.peft_adapters.layout import Tree
 from meadow.server.coordinator import Coordinator, Refusal, sample
 from meadow.store import digest_of
-from meadow.strategies.base import Loss, State, Strategy, Turn, Update, Work
+from meadow.strategies.base import Loss, Reducer, State, Strategy, Turn, Update, Work
 from meadow.strategies.messages import pack_update, turn_from_json, unpack_update
+from meadow.strategies.pool_strategy import Gather
 from meadow.wire import encode
 
 IDENTITY = RunIdentity("config", "base", {})
@@ -395,6 +396,86 @@ def test_a_sum_that_overflows_changes_nothing(tmp_path: Path) -> None:
     assert state.tensors["x"].tolist() == [1.0, 2.0]
     (notice,) = [event.data["text"] for event in events if event.kind == "notice"]
     assert notice.startswith("round 1 changes nothing")
+
+
+def test_a_step_that_is_refused_changes_nothing(tmp_path: Path) -> None:
+    class Overflowing(Toy):
+        def step(self, state: State, total: Update, turn: Turn) -> State:
+            raise UpdateError("a number has outgrown 32 bits")
+
+    events: list[Event] = []
+    with Journal.open(tmp_path, IDENTITY, Numbered(tmp_path.parent)) as journal:
+        coordinator = Coordinator(
+            CONFIG, Overflowing(), journal, People(TRIO), observer=events.append
+        )
+        assert coordinator.run().tensors["x"].tolist() == [1.0, 2.0]
+        assert len(journal.contributions(1)) == 3
+    (notice,) = [event.data["text"] for event in events if event.kind == "notice"]
+    assert notice == "round 1 changes nothing: a number has outgrown 32 bits"
+
+
+# Integers
+
+
+class Bytes(Toy):
+    """x moves by the sum of the bytes, each times its sender's first letter."""
+
+    integers = True
+
+    def template(self, sent: Update, turn: Turn) -> Mapping[str, tuple[int, ...]]:
+        return {"b": (2,)}
+
+    def validate(self, update: Update, turn: Turn) -> None:
+        if int(update.tensors["b"].min()) < -127:
+            raise UpdateError(f"{update.sender}: a byte is out of range")
+
+    def reducer(self, turn: Turn) -> Reducer:
+        return Gather()
+
+    def step(self, state: State, total: Update, turn: Turn) -> State:
+        moved = [p.tensors["b"].float() * ord(p.sender[0]) for p in total.parts]
+        return State({"x": state.tensors["x"] + torch.stack(moved).sum(0)})
+
+
+def counted(folder: Path, answers: Mapping[str, bytes]) -> tuple[torch.Tensor, dict[str, str]]:
+    """x after one round of `Bytes`, and who was refused and why."""
+    people = People(TRIO, {name: always(answer) for name, answer in answers.items()})
+    with Journal.open(folder, IDENTITY, Numbered(folder.parent)) as journal:
+        state = Coordinator(CONFIG, Bytes(), journal, people).run()
+        return state.tensors["x"], journal.refusals(1)
+
+
+def test_a_strategy_of_integers_knows_who_sent_each_of_them(tmp_path: Path) -> None:
+    """By whom they came, in the cohort's order, whatever a message says of its sender."""
+    sent = {
+        name: pack_update(Update({"b": torch.tensor([at, -127]).char()}, sender="zoe"))
+        for at, name in enumerate(TRIO)
+    }
+    x, refused = counted(tmp_path, sent)
+    letters = [ord(name[0]) for name in TRIO]
+    assert x.tolist() == [1.0 + letters[1] + 2 * letters[2], 2.0 - 127 * sum(letters)]
+    assert refused == {}
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (of(b=torch.tensor([0, -128]).char()), "^eve: a byte is out of range$"),
+        (of(b=torch.ones(2)), "^eve: only int8 and int32 tensors are accepted$"),
+        (of(b=torch.ones(2).long()), "^eve: only int8 and int32 tensors are accepted$"),
+        (of(b=torch.ones(3).char()), r"shape \(3,\), expected \(2,\)"),
+    ],
+)
+def test_integers_that_cannot_be_true_are_refused_by_name(
+    tmp_path: Path, answer: bytes, reason: str
+) -> None:
+    good = pack_update(Update({"b": torch.ones(2).char()}))
+    x, refused = counted(tmp_path, {"ada": good, "bob": good, "eve": answer})
+    assert list(refused) == ["eve"] and re.search(reason, refused["eve"])
+    assert x.tolist() == [1.0 + ord("a") + ord("b"), 2.0 + ord("a") + ord("b")]
+
+
+# More than was asked for
 
 
 @pytest.mark.parametrize("second", ["same", "other", "bad"])

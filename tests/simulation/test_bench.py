@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from meadow.config import Config
-from meadow.errors import DataError
+from meadow.errors import DataError, UpdateError
 from meadow.simulation import baselines, bench
 from meadow.simulation.engine import Lab
 
@@ -35,11 +35,38 @@ def test_the_recorded_shares_are_what_the_project_promises(case: str, arm: str) 
 
 def test_rows_are_means_and_half_ranges_over_the_seeds() -> None:
     losses = {"base": [4.0, 4.0], "alone": [3.5, 3.5], "centralised": [2.0, 3.0], "x": [3.0, 3.2]}
-    rows = {row["case"]: row for row in bench._rows("c", losses, {"x": [0.1]}, {"x": 8})}
+    rows = {row["case"]: row for row in bench._rows("c", losses, {"x": 0.1}, {"x": 8})}
     assert rows["c/x"]["value"] == pytest.approx((0.5 + 0.8) / 2)
     assert rows["c/x"]["spread"] == pytest.approx(0.15)
     assert rows["c/x"]["loss"] == pytest.approx(3.1) and rows["c/x"]["bytes_up"] == 8
     assert rows["c/centralised"]["value"] == 1.0 and rows["c/base"]["value"] == 0.0
+
+
+def test_every_arm_chooses_its_rate_on_the_first_seed_and_keeps_it(
+    tiny: Config, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    case = bench._Case("tiny", tiny, tmp_path, said.append)
+    arms = [bench.Arm("fedavg_lora", "fedavg_lora", {})]
+    case.measure(1, arms)
+    chosen = dict(case.chosen)
+    assert set(chosen) == {"centralised", "alone", "fedavg_lora"}
+    assert set(chosen.values()) <= set(bench.rates_of(tiny)) and len(bench.rates_of(tiny)) == 5
+    case.measure(2, arms)
+    assert case.chosen == chosen
+    rows = {row["case"]: row for row in case.rows()}
+    assert [row["seeds"] for row in rows.values()] == [2] * 4
+    assert rows["tiny/alone"]["lr"] == chosen["alone"] and rows["tiny/base"]["lr"] is None
+    assert said[:3] == [f"tiny, seed 1: {name}" for name in ("centralised", "alone", "fedavg_lora")]
+
+
+def test_a_rate_at_which_training_diverges_is_no_choice() -> None:
+    def diverging(lr: float) -> float:
+        raise UpdateError("the training loss is nan")
+
+    assert bench._unless_diverged(diverging, 1.0) is None
+    assert bench._unless_diverged(lambda lr: float("inf"), 1.0) is None
+    assert bench._unless_diverged(lambda lr: 2 * lr, 1.0) == 2.0
 
 
 def test_baselines_spend_the_federations_work(lab: Lab, tiny: Config) -> None:

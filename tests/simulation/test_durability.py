@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,11 @@ from meadow.simulation.engine import Lab, environment, open_lab, simulate
 from meadow.store import Disk, digest_of
 from meadow.strategies.registry import STRATEGIES
 
-CASES = ("fedavg_lora", "diloco", "fused")
+CASES = ("fedavg_lora", "diloco", "fused", "fedkseed", "pool_lora")
+POOLS: dict[str, dict[str, Any]] = {
+    "fedkseed": {"momentum": 0.5, "importance": True},
+    "pool_lora": {"zeroth": ["eve"]},  # the two others by gradients
+}
 
 
 def variant(tiny: Config, case: str) -> Config:
@@ -39,7 +44,7 @@ def variant(tiny: Config, case: str) -> Config:
     if case == "fused":
         engine = {"engine": "fused", "group": 2}
         return tiny.replace(strategy={"name": "diloco"}, simulation=engine)
-    return tiny.replace(strategy={"name": case})
+    return tiny.replace(strategy={"name": case, "options": POOLS.get(case, {})})
 
 
 def adapter(root: Path) -> dict[str, torch.Tensor]:
@@ -123,7 +128,8 @@ def test_a_run_has_many_steps(reference: Callable[[str], Reference]) -> None:
     [
         ("fedavg_lora", "before", 8), ("fedavg_lora", "torn", 7), ("fedavg_lora", "power", 7),
         ("fedavg_lora", "full", 7), ("diloco", "before", 5), ("diloco", "power", 5),
-        ("fused", "before", 4), ("fused", "torn", 4),
+        ("fused", "before", 4), ("fused", "torn", 4), ("fedkseed", "power", 4),
+        ("pool_lora", "before", 4),
     ],
 )  # fmt: skip
 def test_some_steps(
@@ -142,6 +148,8 @@ def test_some_steps(
         ("fedavg_lora", ("before", "torn", "power", "full")),
         ("diloco", ("before", "torn", "power")),
         ("fused", ("before", "torn")),
+        ("fedkseed", ("before", "power")),
+        ("pool_lora", ("before", "torn")),
     ],
 )
 def test_every_step(
@@ -152,7 +160,7 @@ def test_every_step(
         try_all(reference(case), way, reference(case).places(way), roots)
 
 
-@pytest.mark.parametrize("name", sorted(set(STRATEGIES) - {"fedavg_lora", "diloco"}))
+@pytest.mark.parametrize("name", sorted(set(STRATEGIES) - set(CASES)))
 def test_every_strategy_resumes_between_two_answers(
     tiny: Config, lab: Lab, roots: Iterator[Path], name: str
 ) -> None:

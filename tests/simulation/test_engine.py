@@ -211,7 +211,7 @@ def test_a_folder_belongs_to_its_settings(tiny: Config, lab: Lab, tmp_path: Path
     run(tiny, tmp_path / "out", lab)
     with pytest.raises(JournalError, match="holds a run with other settings"):
         run(tiny.replace(clients={"lr": 1e-3}), tmp_path / "out", lab)
-    other = replace(lab, base=replace(lab.base, digest="0" * 64))
+    other = replace(lab, bench=replace(lab.bench, base=replace(lab.base, digest="0" * 64)))
     with pytest.raises(JournalError, match="another base model"):
         run(tiny, tmp_path / "out", other)
 

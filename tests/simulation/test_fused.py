@@ -5,16 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pools import small_pool
 
 from meadow.client.task import Participant
 from meadow.client.trainer import Job
 from meadow.errors import DataError, UpdateError
+from meadow.peft_adapters.layout import Site
 from meadow.simulation.fused import Rendezvous
-from meadow.strategies.base import Loss, Measured, Request, Sgd, Trained
+from meadow.strategies.base import Loss, Measured, Probe, Probed, Request, Sgd, Trained
 
 
 class Recorder:
@@ -24,11 +28,17 @@ class Recorder:
         self.passes: list[list[str]] = []
         self.guilty, self.error = guilty, error
 
-    def sgd(self, jobs: Sequence[Job]) -> list[Trained]:
+    def sgd(self, jobs: Sequence[Job[Any]]) -> list[Trained]:
         self.passes.append([job.client for job in jobs])
         if any(job.client == self.guilty for job in jobs):
             raise self.error(f"{self.guilty}: the training loss is nan")
         return [Trained({}, {}, float(job.request.first_step), 1, 1) for job in jobs]
+
+    def probe(self, jobs: Sequence[Job[Any]]) -> list[Probed]:
+        self.passes.append([job.client for job in jobs])
+        if any(job.client == self.guilty for job in jobs):
+            raise self.error(f"{self.guilty}: the training loss is nan")
+        return [Probed(torch.tensor(job.request.step), 1, 1) for job in jobs]
 
     def loss(self, request: Loss, examples: Sequence[object]) -> Measured:
         self.passes.append(["loss"])
@@ -68,6 +78,8 @@ def together(trainer: Recorder, scripts: dict[str, Script]) -> dict[str, list[ob
 
 
 STEP = Sgd({}, steps=3)
+POOL = small_pool((Site("one", 2, 2),))
+PROBE = Probe(POOL, POOL.zero(), (1,), 0.5, 0)
 
 
 def losses(answers: list[object]) -> list[float]:
@@ -96,6 +108,30 @@ def test_unlike_requests_do_not(other: Request) -> None:
     answers = together(trainer, {"ada": [STEP], "bob": [other], "eve": [STEP]})
     assert ["ada", "eve"] in trainer.passes and len(trainer.passes) == 2
     assert all(len(losses(found)) == 1 for found in answers.values())
+
+
+def test_probes_of_one_pool_share_a_pass_whatever_they_probe() -> None:
+    trainer = Recorder()
+    scripts: dict[str, Script] = {
+        "ada": [replace(PROBE, step=1)],
+        "bob": [replace(PROBE, step=2, directions=(0, 3), epsilon=0.25, q=POOL.zero() + 1)],
+        "eve": [STEP],
+        "zoe": [replace(PROBE, step=4, pool=replace(POOL, unit=9))],
+    }
+    answers = together(trainer, scripts)
+    assert sorted(trainer.passes) == [["ada", "bob"], ["eve"], ["zoe"]]
+    steps = [found.losses for name in ("ada", "bob", "zoe") for found in answers[name]]  # type: ignore[attr-defined]
+    assert [int(step) for step in steps] == [1, 2, 4]
+
+
+def test_only_the_guilty_ones_probe_fails() -> None:
+    trainer = Recorder("bob")
+    answers = together(trainer, {name: [PROBE, PROBE] for name in ("ada", "bob", "eve")})
+    assert answers["bob"] == ["bob: the training loss is nan"]
+    assert len(answers["ada"]) == len(answers["eve"]) == 2
+    assert trainer.passes == [
+        ["ada", "bob", "eve"], ["ada"], ["bob"], ["eve"], ["ada", "eve"],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("error", [UpdateError, DataError, ZeroDivisionError])

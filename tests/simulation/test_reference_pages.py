@@ -103,6 +103,11 @@ def test_bytes_are_those_of_the_tensors_that_travel() -> None:
     side = 16 * (a + b)  # rank 128
     assert by_name["flora"]["least_bytes_down"] < header
     assert side <= by_name["flora"]["bytes_down"] <= side + header
+    core = 4 * 64 * 64
+    for name, up in (("fedkseed", strategy_table.STEPS), ("pool_lora", core)):
+        assert up <= by_name[name]["bytes_up"] <= up + 400
+        assert core <= by_name[name]["bytes_down"] <= core + 400
+        assert by_name[name]["rank"] == 64
     assert a + b + side <= by_name["fedex_lora"]["bytes_down"] <= a + b + side + 2 * header
 
 

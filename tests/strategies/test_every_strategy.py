@@ -15,8 +15,12 @@ from meadow.strategies.averaging import under
 from meadow.strategies.base import Strategy
 from meadow.strategies.registry import STRATEGIES, make
 
+POOLS: dict[str, dict[str, Any]] = {  # options that suit the toy's size
+    "fedkseed": {"lr": 0.01, "scale": 0},
+    "pool_lora": {"core_scale": -2},
+}
 CASES: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in STRATEGIES),
+    *((name, POOLS.get(name, {})) for name in STRATEGIES),
     ("fedavg_lora", {"refine": "none", "keep_optimizer": True}),
     ("fedavg_lora", {"refine": "rotate"}),
     ("fedavg_lora", {"server_optimizer": "avgm", "server_momentum": 0.5, "server_lr": 0.5}),
@@ -30,7 +34,22 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("diloco", {"outer": "sgd"}),
     ("diloco", {"outer": "nesterov", "outer_lr": 0.3, "ramp": 4}),
     ("diloco", {"freeze_a": True}),
+    ("fedkseed", {**POOLS["fedkseed"], "momentum": 0.5, "importance": True}),
+    ("fedkseed", {**POOLS["fedkseed"], "combine": "median", "gain": 3.0, "schedule": "cosine"}),
+    ("fedkseed", {**POOLS["fedkseed"], "cores": "per_layer", "directions": 2}),
+    ("pool_lora", {"lr": 0.01, "scale": 0, "zeroth": ["bob"], **POOLS["pool_lora"]}),
+    ("pool_lora", {"lr": 0.01, "scale": 0, "zeroth": [*NAMES], "zeroth_gain": 3.0}),
+    ("pool_lora", {"cores": "per_layer", **POOLS["pool_lora"]}),
 ]
+
+
+POOL_RANK = 8
+"""64 directions for the toy's 59 numbers."""
+
+
+def types(strategy: Strategy, *more: torch.dtype) -> set[torch.dtype]:
+    """Of what travels; with `more`, of what is kept."""
+    return {torch.int8, torch.int32, *more} if strategy.integers else {torch.float32}
 
 
 def named(case: tuple[str, dict[str, Any]]) -> str:
@@ -40,7 +59,7 @@ def named(case: tuple[str, dict[str, Any]]) -> str:
 @pytest.fixture(params=CASES, ids=named)
 def strategy(request: pytest.FixtureRequest) -> Strategy:
     name, options = request.param
-    return make(name, options, SITES, RANK)
+    return make(name, options, SITES, POOL_RANK if name in POOLS else RANK)
 
 
 def test_rounds_lower_the_loss(strategy: Strategy) -> None:
@@ -56,7 +75,8 @@ def test_what_is_sent_is_what_the_template_says(strategy: Strategy) -> None:
         federation.round(number)
         assert len(federation.updates) == len(NAMES)
         for tensors in (federation.sent.tensors, *(u.tensors for u in federation.updates)):
-            assert {tensor.dtype for tensor in tensors.values()} <= {torch.float32}
+            found = {tensor.dtype for tensor in tensors.values()}
+            assert found <= types(strategy, torch.uint8)
         for update in federation.updates:
             assert {"loss", "examples", "tokens"} <= update.notes.keys()
 
@@ -68,7 +88,7 @@ def test_a_restart_after_every_round_changes_no_bit(strategy: Strategy) -> None:
         torn.round(number)
         assert whole.state.tensors.keys() == torn.state.tensors.keys()
         for name, tensor in whole.state.tensors.items():
-            assert tensor.dtype == torch.float32
+            assert tensor.dtype in types(strategy, torch.int64)
             assert torch.equal(tensor, torn.state.tensors[name]), name
         assert whole.state.data == torn.state.data
         assert whole.figures == torn.figures
@@ -108,6 +128,11 @@ def test_nothing_received_or_kept_is_written_to(strategy: Strategy) -> None:
 
 
 def test_the_seed_decides_the_start(strategy: Strategy) -> None:
+    if strategy.integers:  # starts at zero, along directions that are the seed's
+        start = {s: strategy.export(strategy.init(s)) for s in (1, 2)}
+        assert apart(start[1], strategy.export(strategy.init(1))) == 0
+        assert apart(start[1], start[2]) == 2 and apart(dense(start[1]), dense()) == 0
+        return
     first, again, other = (under("x", strategy.init(seed).tensors) for seed in (1, 1, 2))
     assert first.keys() == again.keys() and all(torch.equal(first[n], again[n]) for n in first)
     assert not first or apart(first, other) > 0.01

@@ -11,6 +11,7 @@ from toy import RANK, SITES, adapter
 from meadow.errors import FormatError, MeadowError, UpdateError
 from meadow.strategies.base import State, Turn, Update
 from meadow.strategies.messages import (
+    INTEGERS,
     check_contribution,
     pack_state,
     pack_update,
@@ -47,6 +48,23 @@ def test_a_sound_contribution_passes(dtype: torch.dtype) -> None:
     tensors = {name: tensor.to(dtype) for name, tensor in adapter(1).items()}
     update = check_contribution(pack_update(Update(tensors, 3.0)), SHAPES, "ada")
     assert all(torch.equal(update.tensors[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_integers_pass_where_a_strategy_sends_them(dtype: torch.dtype) -> None:
+    data = pack_update(Update({"q": torch.tensor([-127, 0, 5], dtype=dtype)}, 2.0, sender="eve"))
+    update = check_contribution(data, {"q": (3,)}, "ada", INTEGERS)
+    assert update.tensors["q"].dtype == dtype and update.tensors["q"].tolist() == [-127, 0, 5]
+    assert update.sender == "ada"  # by whom it came, whatever it says
+    with pytest.raises(UpdateError, match="^ada: only float32 and bfloat16 tensors"):
+        check_contribution(data, {"q": (3,)}, "ada")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.bool, torch.int64])
+def test_what_is_neither_byte_nor_int32_is_refused(dtype: torch.dtype) -> None:
+    data = pack_update(Update({"q": torch.ones(3, dtype=dtype)}, 2.0))
+    with pytest.raises(UpdateError, match="^ada: only int8 and int32 tensors"):
+        check_contribution(data, {"q": (3,)}, "ada", INTEGERS)
 
 
 @pytest.mark.parametrize(

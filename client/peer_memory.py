@@ -1,0 +1,94 @@
+"""Between a ledger and its durable store: what each calls the other's things."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import get_args
+
+from ..errors import JournalError
+from ..store import digest_of
+from ..strategies.chain import Outcome
+from ..strategies.charter import Charter
+from ..strategies.checkpoint import Checkpoint
+from ..strategies.ledger import Item, Kind, Ledger
+from ..strategies.peer_keys import SIGNATURE
+from .record_store import Entry, RecordStore, owner_of
+from .record_store import Kind as Stored
+
+_NAMES: dict[Kind, Stored] = {
+    Kind.RECORD: "record",
+    Kind.INTRODUCTION: "introduction",
+    Kind.PROOF: "proof",
+}
+_KINDS = {name: kind for kind, name in _NAMES.items()}
+assert {*_KINDS} < {*get_args(Stored)}
+BASE, SERVED = 0, 1
+"""Sequence numbers of stored checkpoints: the one that the ledger starts from, the one to serve."""
+
+_ANOTHER = "join the run again with another identity and folder"
+
+
+def entry_of(item: Item) -> Entry:
+    """An item of a ledger as the store keeps it; a record is named by its body alone."""
+    body = item.data[:-SIGNATURE] if item.kind is Kind.RECORD else item.data
+    name = bytes.fromhex(digest_of(body))
+    return Entry(_NAMES[item.kind], name, item.peer, item.sequence, item.data)
+
+
+def recall(charter: Charter, store: RecordStore) -> Ledger:
+    """The ledger that a store's entries make, taken in the order in which they came.
+
+    It counts on from the stored checkpoint where the audit of that one was not yet done.  Raises
+    JournalError where an entry that was accepted once is refused now; records that a later proof
+    excludes are passed over.
+    """
+    ledger = Ledger(charter)
+    _take_in(ledger, store.entries("introduction"))
+    for entry in store.entries("checkpoint"):
+        if entry.sequence == BASE:
+            ledger = Checkpoint.decode(entry.data, charter, ledger.members).start(ledger)
+    _take_in(ledger, store.entries())
+    ledger.tally.clear()
+    return ledger
+
+
+def _take_in(ledger: Ledger, entries: Iterable[Entry]) -> None:
+    for entry in entries:
+        if entry.kind not in _KINDS:
+            continue
+        added = ledger.add(_KINDS[entry.kind], entry.data)
+        if added.outcome is Outcome.REFUSED and entry.peer not in ledger.excluded:
+            raise JournalError(
+                f"the store holds a {entry.kind} that is refused: {added.error}",
+                f"restore the folder from a copy, or {_ANOTHER}",
+            )
+
+
+def refuse_lost_records(ledger: Ledger, store: RecordStore, me: bytes) -> None:
+    """Raise JournalError where nothing that this peer signs would count.
+
+    It signed a record that the ledger does not know, so that another in its place would fork the
+    chain; or the fork is proven already.
+    """
+    signed, counted = store.signed(), ledger.head(me).count
+    if me in ledger.excluded:
+        raise JournalError(
+            f"two different records {ledger.excluded[me]} of this peer are known: none from there"
+            " on counts",
+            _ANOTHER,
+        )
+    if signed is not None and counted <= signed:
+        raise JournalError(
+            f"this peer has signed {signed + 1} records and {counted} of them are here",
+            f"restore its folder, or {_ANOTHER}",
+        )
+
+
+def read_ledger(charter: Charter, folder: Path) -> Ledger:
+    """The ledger of any peer's folder, every signature in it checked once more.
+
+    Raises JournalError where a peer is at work in it.
+    """
+    with RecordStore.open(folder, charter.run, owner_of(folder)) as store:
+        return recall(charter, store)

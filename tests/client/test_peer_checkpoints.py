@@ -1,0 +1,176 @@
+"""Checkpoints among peers, over an in-memory network: gathered, served, started from, audited."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from gossips import chain, charter_of, identity, introduce, q_by_definition
+
+from meadow.client.gossip import Gossip
+from meadow.client.peer_checkpoints import Checkpoints, History, fetch, stored
+from meadow.client.peer_memory import BASE, entry_of, recall
+from meadow.client.record_store import RecordStore
+from meadow.errors import FormatError, PeerError, UpdateError
+from meadow.identity import Identity
+from meadow.simulation.peer_network import PeerNetwork
+from meadow.strategies.checkpoint import Checkpoint, Verdict
+from meadow.strategies.ledger import Kind, Ledger
+from meadow.strategies.peer_keys import peer_of
+from meadow.strategies.records import Record
+
+PEOPLE = [identity(f"peer {number}") for number in range(4)]
+ALICE, BOB, EVE, MAL = PEOPLE
+JOINER = identity("joiner")
+CHARTER = charter_of(*PEOPLE)
+HISTORY = chain(ALICE, 5) + chain(BOB, 3) + chain(EVE, 4)
+
+
+class Node:
+    """A peer without a trainer."""
+
+    def __init__(self, who: Identity, network: PeerNetwork, folder: Path, stack: ExitStack) -> None:
+        self.peer = peer_of(who)
+        transport = network.transport(self.peer)
+        self.gossip = Gossip(Ledger(CHARTER), transport, Random(1), self.peer)
+        self.store = stack.enter_context(RecordStore.open(folder, CHARTER.run, self.peer))
+        self.transport = transport
+        self.checkpoints = Checkpoints(self.gossip, transport, self.store, who, witnesses=2)
+        network.join(self.peer, self.handle)
+
+    def handle(self, caller: bytes, verb: str, body: bytes) -> bytes:
+        if verb in ("checkpoint", "cosign"):
+            return self.checkpoints.answer(caller, verb, body)
+        return self.gossip.handle(caller, verb, body)
+
+    def take(self, records: Sequence[Record] = HISTORY) -> None:
+        for each in records:
+            self.gossip.publish(Kind.RECORD, each.encoded)
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[list[Node]]:
+    network = PeerNetwork()
+    with ExitStack() as stack:
+        made = [Node(who, network, tmp_path / str(n), stack) for n, who in enumerate(PEOPLE)]
+        yield made
+
+
+@pytest.fixture
+def joiner(nodes: list[Node], tmp_path: Path) -> Iterator[Node]:
+    introduction = introduce(ALICE, JOINER)
+    for node in nodes:
+        node.gossip.publish(Kind.INTRODUCTION, introduction)
+    network = nodes[0].transport.network
+    with ExitStack() as stack:
+        yield Node(JOINER, network, tmp_path / "joiner", stack)
+
+
+def test_a_checkpoint_needs_witnesses_with_the_same_records(nodes: list[Node]) -> None:
+    first = nodes[0]
+    first.take()
+    assert not first.checkpoints.gather(records=1), "nobody else has the records"
+    assert first.checkpoints.served is None
+    for node in nodes[1:3]:
+        node.take()
+    assert any(first.checkpoints.gather(records=1) for _ in range(4))
+    served = first.checkpoints.served
+    assert served is not None and torch.equal(served.q, q_by_definition(CHARTER, HISTORY))
+    assert {first.peer, nodes[1].peer, nodes[2].peer} <= {*served.signatures, nodes[3].peer}
+    served.verify(first.gossip.ledger.members, threshold=3)
+    assert not first.checkpoints.gather(records=1), "nothing new counts since"
+
+
+def test_a_served_checkpoint_is_there_after_a_restart(nodes: list[Node]) -> None:
+    for node in nodes:
+        node.take()
+    first = nodes[0]
+    assert first.checkpoints.gather(records=1)
+    again = Checkpoints(first.gossip, first.transport, first.store, ALICE, witnesses=2)
+    assert again.served is not None and first.checkpoints.served is not None
+    assert again.served.encoded == first.checkpoints.served.encoded
+    assert first.store.count("checkpoint") == 1
+
+
+def test_a_peer_signs_only_what_its_own_records_give(nodes: list[Node]) -> None:
+    for node in nodes[:2]:
+        node.take()
+    taken = Checkpoint.take(nodes[0].gossip.ledger)
+    wrong = Checkpoint(CHARTER, taken.cut, taken.q + 1)
+    for bad, error in ((wrong, UpdateError), (taken, None)):
+        body = b"\1" + CHARTER.digest + bad.encoded
+        if error:
+            with pytest.raises(error):
+                nodes[1].checkpoints.answer(nodes[0].peer, "cosign", body)
+        else:
+            signature = nodes[1].checkpoints.answer(nodes[0].peer, "cosign", body)
+            assert taken.signed_by(nodes[1].peer, signature)
+    with pytest.raises(FormatError):
+        nodes[1].checkpoints.answer(nodes[0].peer, "cosign", b"\1" + CHARTER.digest + b"\1junk")
+    with pytest.raises(PeerError):
+        nodes[1].checkpoints.answer(b"s" * 32, "checkpoint", b"\1" + CHARTER.digest)
+
+
+def test_a_joiner_starts_from_a_checkpoint_and_audits_it(nodes: list[Node], joiner: Node) -> None:
+    for node in nodes:
+        node.take()
+    assert nodes[0].checkpoints.gather(records=1)
+    said: list[str] = []
+    found = fetch(joiner.gossip, joiner.transport, 2, said.append)
+    assert found is not None, said
+    joiner.gossip.ledger = found.start(joiner.gossip.ledger)
+    assert joiner.gossip.ledger.state_id == nodes[0].gossip.ledger.state_id
+    tail = chain(ALICE, 7)[5:]
+    nodes[0].take(tail)
+    joiner.gossip.sync(nodes[0].peer)
+    assert joiner.gossip.ledger.state_id == nodes[0].gossip.ledger.state_id
+    history = History(found, joiner.gossip, joiner.transport, Random(2), joiner.peer)
+    results = [history.advance() for _ in range(4)]
+    first = next(each for each in results if each is not None)
+    assert first.verdict is Verdict.AGREES and joiner.gossip.ledger.base is None
+    rebuilt = joiner.gossip.ledger.rebuild()
+    assert torch.equal(rebuilt, q_by_definition(CHARTER, [*HISTORY, *tail]))
+
+
+def test_a_false_checkpoint_is_found_out_by_the_audit(nodes: list[Node], joiner: Node) -> None:
+    """Even with enough signers: the records are what counts in the end."""
+    for node in nodes:
+        node.take()
+    taken = Checkpoint.take(nodes[0].gossip.ledger)
+    false = Checkpoint(CHARTER, taken.cut, taken.q + 1)
+    joiner.gossip.meet(nodes[0].peer)
+    joiner.gossip.ledger = false.start(joiner.gossip.ledger)
+    history = History(false, joiner.gossip, joiner.transport, Random(2), joiner.peer)
+    audits = [found for found in (history.advance() for _ in range(4)) if found]
+    assert audits[0].verdict is Verdict.DIFFERS
+    assert joiner.gossip.ledger.state_id == nodes[0].gossip.ledger.state_id
+
+
+def test_too_few_signers_or_none_at_all_leave_the_joiner_with_the_records(
+    nodes: list[Node], joiner: Node
+) -> None:
+    said: list[str] = []
+    assert fetch(joiner.gossip, joiner.transport, 2, said.append) is None and not said
+    for node in nodes:
+        node.take()
+    assert nodes[0].checkpoints.gather(records=1)
+    assert fetch(joiner.gossip, joiner.transport, 4, said.append) is None
+    assert any("are required" in text for text in said)
+
+
+def test_a_restart_before_the_audit_starts_from_the_stored_checkpoint(
+    nodes: list[Node], joiner: Node
+) -> None:
+    for node in nodes:
+        node.take()
+    assert nodes[0].checkpoints.gather(records=1)
+    found = fetch(joiner.gossip, joiner.transport, 2, lambda text: None)
+    assert found is not None
+    entries = [entry_of(item) for item in joiner.gossip.ledger.introductions()]
+    joiner.store.append([*entries, stored(found, BASE, joiner.peer)])
+    again = recall(CHARTER, joiner.store)
+    assert again.base is not None and again.state_id == nodes[0].gossip.ledger.state_id
