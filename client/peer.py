@@ -25,14 +25,17 @@ from ..identity import Identity
 from ..store import Disk
 from ..strategies.chain import Outcome
 from ..strategies.charter import Charter, Member
+from ..strategies.checkpoint import Checkpoint
 from ..strategies.introductions import Introduction
 from ..strategies.ledger import Item, Kind, record_item
 from ..strategies.peer_keys import peer_of
 from .address_book import AddressBook
 from .gossip import Gossip
+from .peer_checkpoints import VERBS as CHECKPOINT_VERBS
+from .peer_checkpoints import Checkpoints, History, fetch
 from .peer_inbox import Inbox
 from .peer_log import PeerLog
-from .peer_memory import entry_of, recall, refuse_lost_records
+from .peer_memory import base_of, entry_of, recall, refuse_lost_records
 from .peer_server import PeerServer
 from .peer_steps import Made, Stepper
 from .peer_tls import certificate_of
@@ -70,6 +73,7 @@ class Peer:
         self._stopping, self._ready, self._news = (threading.Event() for _ in range(3))
         self._fault: BaseException | None = None
         self._loss: dict[str, float] = {}
+        self._said: set[str] = set()
         self._reported: tuple[str, int] | None = None  # state id, records
         with ExitStack() as resources:
             self._open(charter_file, observer, resources)
@@ -87,7 +91,12 @@ class Peer:
         certificate = certificate_of(self.identity)
         self.transport = resources.enter_context(GrpcTransport(certificate, self.book))
         self.gossip = Gossip(ledger, self.transport, Random(), self.me, self._keep)
-        self.server = PeerServer(certificate, self.book, self.gossip.handle)
+        self.checkpoints = Checkpoints(
+            self.gossip, self.transport, self.store, self.identity, self.settings.witnesses
+        )
+        base = base_of(ledger, self.store)
+        self._history = self._behind(base) if base is not None else None
+        self.server = PeerServer(certificate, self.book, self._answer)
         self.inbox = Inbox(self.folder / INBOX, self.disk, self.gossip.publish, self.log.notice)
         for member in ledger.members.values():
             self._enter(member)
@@ -201,9 +210,15 @@ class Peer:
         except BaseException as error:  # a thread's end is silent otherwise
             self._fail(error)
 
+    def _answer(self, caller: bytes, verb: str, request: bytes) -> bytes:
+        if verb in CHECKPOINT_VERBS:
+            return self.checkpoints.answer(caller, verb, request)
+        return self.gossip.handle(caller, verb, request)
+
     def _greet(self) -> None:
         """Hear from others before the first step: they know if this folder is an old copy."""
         answered = 0
+        self._catch_up()
         for peer in self.gossip.partners(_MOST_GREETED):
             if self.stopping or answered == self.settings.fanout:
                 break
@@ -212,11 +227,48 @@ class Peer:
     def exchange(self) -> None:
         """Take in what was dropped, push what is new, and compare with one peer at random."""
         self.inbox.read()
+        self._catch_up()
         # whom this does not reach hears by comparing, where it is told who does not answer
         self.gossip.spread(self.settings.fanout)
         for peer in self.gossip.partners(1):
             self._sync(peer)
+        self._audit()
+        with self.gossip.lock:
+            members = len(self.gossip.ledger.members)
+        self.checkpoints.gather(records=members)
         self._show()
+
+    def _catch_up(self) -> None:
+        """One who joins late starts from a checkpoint, and fetches the history behind its work."""
+        founders = {member.peer for member in self.charter.founders}
+        with self.gossip.lock:
+            ledger = self.gossip.ledger
+            empty = ledger.base is None and not ledger.heads
+        if self.me in founders or not empty:
+            return
+        found = fetch(self.gossip, self.transport, self.settings.witnesses, self._tell_once)
+        if found is not None:
+            self._history = History.begin(found, self.gossip, self.transport, self.store, self.me)
+            records = sum(head.count for head in found.cut.values())
+            self.log.tell("checkpoint", {"records": records, "bytes": len(found.encoded)})
+
+    def _behind(self, checkpoint: Checkpoint) -> History:
+        return History(checkpoint, self.gossip, self.transport, self.store, self.me)
+
+    def _tell_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self.log.notice(text)
+
+    def _audit(self) -> None:
+        """Go on with the history behind a checkpoint, if there is one."""
+        try:
+            found = self._history.advance() if self._history is not None else ""
+        except PeerError:  # the exchange before it has told
+            return
+        if found:
+            self._history = None
+            self.log.notice(found)
 
     def _sync(self, peer: bytes) -> bool:
         """Whether it answered.  It may be off, or behind a router: others have its records."""
@@ -279,6 +331,8 @@ class Peer:
         """
         with self.gossip.lock:
             ledger = self.gossip.ledger
+            if ledger.overtaken:  # the history is on its way; until then Q is not the run's
+                return
             q, state, records = ledger.q, ledger.state_id, self._counted()
         if self._reported is not None and self._reported[0] == state:
             return
@@ -310,7 +364,7 @@ class Peer:
             ledger = self.gossip.ledger
             return {
                 "peer": self.me.hex(),
-                "state": ledger.state_id,
+                "state": None if ledger.overtaken else ledger.state_id,
                 "own_records": ledger.head(self.me).count,
                 "records": self._counted(),
                 "members": len(ledger.members),

@@ -15,12 +15,12 @@ from ..errors import FormatError, IdentityError, PeerError, UpdateError
 from ..identity import Identity
 from ..store import digest_of
 from ..strategies.charter import Charter
-from ..strategies.checkpoint import Audit, Checkpoint, Verdict, absorb
+from ..strategies.checkpoint import Checkpoint, Verdict, absorb
 from ..strategies.ledger import Ledger
 from ..strategies.peer_keys import peer_of
 from . import gossip_messages as messages
 from .gossip import Gossip, Transport
-from .peer_memory import SERVED
+from .peer_memory import BASE, SERVED, entry_of
 from .record_store import Entry, RecordStore
 
 VERBS = ("checkpoint", "cosign")
@@ -132,7 +132,9 @@ def fetch(gossip: Gossip, transport: Transport, witnesses: int, tell: Tell) -> C
                 continue
             checkpoint = Checkpoint.decode(data, charter, gossip.ledger.members)
             checkpoint.verify(gossip.ledger.members, witnesses + 1)
-        except (PeerError, FormatError, IdentityError, UpdateError) as error:
+        except PeerError:  # whoever exchanges records with it tells
+            continue
+        except (FormatError, IdentityError, UpdateError) as error:
             tell(f"no checkpoint from {peer.hex()[:16]}: {error}")
             continue
         return checkpoint
@@ -140,26 +142,52 @@ def fetch(gossip: Gossip, transport: Transport, witnesses: int, tell: Tell) -> C
 
 
 class History:
-    """The records that a checkpoint stands for, fetched in the background and compared."""
+    """The records that a checkpoint stands for: fetched behind the work, compared, and kept."""
 
     def __init__(
-        self, checkpoint: Checkpoint, gossip: Gossip, transport: Transport, rng: Random, me: bytes
+        self,
+        checkpoint: Checkpoint,
+        gossip: Gossip,
+        transport: Transport,
+        store: RecordStore,
+        me: bytes,
     ) -> None:
-        self.checkpoint = checkpoint
-        self._gossip = gossip
+        self._checkpoint, self._gossip, self._store = checkpoint, gossip, store
         self._ledger = Ledger(checkpoint.charter)
-        self._own = Gossip(self._ledger, transport, rng, me)
+        self._own = Gossip(self._ledger, transport, Random(), me)
 
-    def advance(self) -> Audit | None:
-        """One exchange with a peer at random; the audit's result once all records are here.
+    @classmethod
+    def begin(
+        cls,
+        checkpoint: Checkpoint,
+        gossip: Gossip,
+        transport: Transport,
+        store: RecordStore,
+        me: bytes,
+    ) -> History:
+        """Start the gossip's ledger from a checkpoint, durably."""
+        with gossip.lock:
+            store.append([stored(checkpoint, BASE, me)])
+            gossip.ledger = checkpoint.start(gossip.ledger)
+        return cls(checkpoint, gossip, transport, store, me)
 
-        The gossip's ledger then has the records in the checkpoint's place.
+    def advance(self) -> str:
+        """One exchange with a peer at random; what the audit found, once all records are here.
+
+        The ledger, and the store, then have the records in the checkpoint's place.  Raises
+        PeerError where the peer does not answer.
         """
         for peer in self._gossip.partners(1):
             self._own.sync(peer)
         with self._gossip.lock:
-            found = absorb(self._gossip.ledger, self._ledger, self.checkpoint)
-        return None if found.verdict is Verdict.INCOMPLETE else found
+            found = absorb(self._gossip.ledger, self._ledger, self._checkpoint)
+            if found.verdict is Verdict.INCOMPLETE:
+                return ""
+            kept = [entry_of(item) for item in self._gossip.ledger.items()]
+            old = [each.key for each in self._store.entries("checkpoint") if each.sequence == BASE]
+            self._store.replace(old, kept)
+        signers = ", ".join(sorted(peer.hex()[:16] for peer in self._checkpoint.signatures))
+        return f"the checkpoint that {signers} signed was audited: {found.verdict.value}"
 
 
 def _call(transport: Transport, peer: bytes, verb: str, charter: Charter, body: bytes) -> bytes:

@@ -45,12 +45,20 @@ def recall(charter: Charter, store: RecordStore) -> Ledger:
     """
     ledger = Ledger(charter)
     _take_in(ledger, store.entries("introduction"))
-    for entry in store.entries("checkpoint"):
-        if entry.sequence == BASE:
-            ledger = Checkpoint.decode(entry.data, charter, ledger.members).start(ledger)
+    base = base_of(ledger, store)
+    if base is not None:
+        ledger = base.start(ledger)
     _take_in(ledger, store.entries())
     ledger.tally.clear()
     return ledger
+
+
+def base_of(ledger: Ledger, store: RecordStore) -> Checkpoint | None:
+    """The stored checkpoint that the ledger starts from until it is audited, if there is one."""
+    for entry in store.entries("checkpoint"):
+        if entry.sequence == BASE:
+            return Checkpoint.decode(entry.data, ledger.charter, ledger.members)
+    return None
 
 
 def _take_in(ledger: Ledger, entries: Iterable[Entry]) -> None:

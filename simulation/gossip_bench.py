@@ -8,9 +8,11 @@ with a random other.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from random import Random
 from statistics import mean
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -109,3 +111,35 @@ def _publish(identity: Identity, gossip: Gossip, rng: Random) -> int:
 def _identity(rng: Random) -> Identity:
     seed = hashlib.sha256(rng.randbytes(32)).digest()
     return Identity(Ed25519PrivateKey.from_private_bytes(seed))
+
+
+def rows() -> list[dict[str, Any]]:
+    """A hundred peers with a record each: rounds, and bytes of one peer beside the records' own.
+
+    Raises RuntimeError where they do not end with one state.
+    """
+    found = convergence(peers=100, records=100, fanout=3, seed=1)
+    if len(set(found.state_ids)) != 1:
+        raise RuntimeError(f"no agreement after {found.rounds} rounds")
+    told = {"peers": found.peers, "records": found.records, "state": found.state_ids[0]}
+    most = {"most_bytes": found.most_bytes, "calls": found.calls}
+    least = math.ceil(math.log(found.peers, 2 + 3))  # pushed to three, and one exchange: a fifth
+    return [
+        _row("gossip_rounds", found.rounds, "rounds", least, told),
+        _row("gossip_bytes", found.mean_bytes, "bytes a peer", found.payload_bytes, told | most),
+    ]
+
+
+def _row(
+    case: str, value: float, unit: str, baseline: float, told: dict[str, Any]
+) -> dict[str, Any]:
+    ratio = value / baseline
+    return {
+        "case": case,
+        "value": value,
+        "unit": unit,
+        "baseline": baseline,
+        "ratio": ratio,
+        "bar": None,
+        **told,
+    }

@@ -102,6 +102,14 @@ class Actor:
         told = (event for event in events(self.place) if event["kind"] == "measured")
         return [event["loss"] for event in told if "loss" in event]
 
+    def checkpoint(self) -> dict[str, int] | None:
+        """What it began with, if that was a checkpoint."""
+        lines = (self.place / "events.jsonl").read_text().splitlines()
+        for event in map(json.loads, lines):
+            if event["kind"] == "checkpoint":
+                return {key: event[key] for key in ("records", "bytes")}
+        return None
+
     def check(self) -> None:
         """Raise PeerError if its process has ended by itself."""
         if self.process is not None and self.process.poll() not in (None, 0):
@@ -245,6 +253,7 @@ def _report(actors: Sequence[Actor], killed_at: int, seconds: float) -> dict[str
         "records": found.records,
         "steps": found.steps,
         "killed": {"peer": actors[VICTIM].name, "at_record": killed_at},
+        "late": {"peer": actors[LATE].name, "checkpoint": actors[LATE].checkpoint()},
         "adapter": str(first / "adapter"),
         "seconds": seconds,
     }
@@ -263,4 +272,10 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
     )
     killed = report["killed"]
     yield f"{killed['peer']} was killed at record {killed['at_record']} and went on"
+    late = report["late"]
+    if late["checkpoint"] is not None:
+        yield (
+            f"{late['peer']} joined with a checkpoint of {late['checkpoint']['records']} records,"
+            f" {late['checkpoint']['bytes']} bytes"
+        )
     yield f"adapter: {report['adapter']}"

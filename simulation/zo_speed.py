@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..peft_adapters.full_rank import FullRank
+from .gossip_bench import rows as gossip_rows
 from .mezo import FedKSeed, Mezo, borrowed
 from .zo_memory import KINDS, growth_apart
 from .zo_setup import FULL, RANK, Setup, Shape
@@ -129,11 +130,18 @@ def sizes(repeats: int, shape: Shape, rank: int) -> list[Row]:
     return size_rows()
 
 
+def gossip(repeats: int, shape: Shape, rank: int) -> list[Row]:
+    """How a hundred peers come to one state; see gossip_bench."""
+    del repeats, shape, rank
+    return gossip_rows()
+
+
 _PARTS = {
     "steps": ("step_over_forward", "step_over_bare_forward"),
     "rebuilds": ("rebuild_over_forward", "full_rank_rebuild"),
     "sizes": ("record_bytes", "join_bytes"),
     "memory": ("peak_memory_over_forward",),
+    "gossip": ("gossip_rounds", "gossip_bytes"),
 }
 CASES = tuple(name for names in _PARTS.values() for name in names)
 _MEASURES: dict[str, Callable[[int, Shape, int], list[Row]]] = {
@@ -141,6 +149,7 @@ _MEASURES: dict[str, Callable[[int, Shape, int], list[Row]]] = {
     "rebuilds": rebuilds,
     "sizes": sizes,
     "memory": memory,
+    "gossip": gossip,
 }
 
 

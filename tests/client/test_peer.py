@@ -52,6 +52,14 @@ def chain_of(peer: Peer, name: str) -> list[Record]:
     return peer.gossip.ledger.chain(key(name)).counted()
 
 
+def exchange_until(peer: Peer, check: Callable[[], bool]) -> None:
+    for _ in range(50):
+        if check():
+            return
+        peer.exchange()
+    raise AssertionError("no exchange led to it")
+
+
 # --- agreement -----------------------------------------------------------------------------------
 
 
@@ -297,6 +305,32 @@ def forged(town: Town, name: str, head: Head | None = None) -> Record:
 
 
 # --- membership ----------------------------------------------------------------------------------
+
+
+def test_a_late_joiner_starts_from_a_checkpoint_and_audits_it(town: Town) -> None:
+    """One message to begin with; the records come behind it and take its place."""
+    with town.peer("ada", witnesses=1) as ada, town.peer("bob", witnesses=1) as bob:
+        with serving(ada, bob):
+            for _ in range(2):
+                ada.step()
+                bob.step()
+                until_equal(ada, bob)
+            exchange_until(ada, lambda: ada.checkpoints.served is not None)
+            ada.gossip.publish(Kind.INTRODUCTION, introduction(town, "ada", "joe", ""))
+            ada.exchange()
+            with town.peer("joe", witnesses=1) as joe:
+                for other in (ada, bob):
+                    contact = ada.book.find(other.me) or bob.book.find(other.me)
+                    assert contact is not None
+                    acquaint(other, contact.address, joe)
+                exchange_until(joe, lambda: town.told("joe", "checkpoint") != [])
+                exchange_until(joe, lambda: joe.gossip.ledger.base is None)
+                until_equal(ada, bob, joe)
+                assert any("the records give the checkpoint" in t for t in town.notices("joe"))
+            assert town.told("joe", "checkpoint")[0].data["records"] >= 3
+            with town.peer("joe", witnesses=1) as again:
+                assert again.gossip.ledger.base is None
+                assert again.status()["state"] == ada.status()["state"]
 
 
 def test_a_late_joiner_that_is_introduced_through_an_inbox_converges(town: Town) -> None:

@@ -12,14 +12,14 @@ import torch
 from gossips import chain, charter_of, identity, introduce, q_by_definition
 
 from meadow.client.gossip import Gossip
-from meadow.client.peer_checkpoints import Checkpoints, History, fetch, stored
-from meadow.client.peer_memory import BASE, entry_of, recall
+from meadow.client.peer_checkpoints import Checkpoints, History, fetch
+from meadow.client.peer_memory import entry_of, recall
 from meadow.client.record_store import RecordStore
 from meadow.errors import FormatError, PeerError, UpdateError
 from meadow.identity import Identity
 from meadow.simulation.peer_network import PeerNetwork
 from meadow.strategies.checkpoint import Checkpoint, Verdict
-from meadow.strategies.ledger import Kind, Ledger
+from meadow.strategies.ledger import Item, Kind, Ledger
 from meadow.strategies.peer_keys import peer_of
 from meadow.strategies.records import Record
 
@@ -36,11 +36,17 @@ class Node:
     def __init__(self, who: Identity, network: PeerNetwork, folder: Path, stack: ExitStack) -> None:
         self.peer = peer_of(who)
         transport = network.transport(self.peer)
-        self.gossip = Gossip(Ledger(CHARTER), transport, Random(1), self.peer)
         self.store = stack.enter_context(RecordStore.open(folder, CHARTER.run, self.peer))
+        self.gossip = Gossip(Ledger(CHARTER), transport, Random(1), self.peer, self.keep)
         self.transport = transport
         self.checkpoints = Checkpoints(self.gossip, transport, self.store, who, witnesses=2)
         network.join(self.peer, self.handle)
+
+    def keep(self, items: Sequence[Item]) -> None:
+        self.store.append([entry_of(item) for item in items])
+
+    def begin(self, checkpoint: Checkpoint) -> History:
+        return History.begin(checkpoint, self.gossip, self.transport, self.store, self.peer)
 
     def handle(self, caller: bytes, verb: str, body: bytes) -> bytes:
         if verb in ("checkpoint", "cosign"):
@@ -122,18 +128,19 @@ def test_a_joiner_starts_from_a_checkpoint_and_audits_it(nodes: list[Node], join
     said: list[str] = []
     found = fetch(joiner.gossip, joiner.transport, 2, said.append)
     assert found is not None, said
-    joiner.gossip.ledger = found.start(joiner.gossip.ledger)
+    history = joiner.begin(found)
+    assert joiner.gossip.ledger.base is not None
     assert joiner.gossip.ledger.state_id == nodes[0].gossip.ledger.state_id
     tail = chain(ALICE, 7)[5:]
     nodes[0].take(tail)
     joiner.gossip.sync(nodes[0].peer)
     assert joiner.gossip.ledger.state_id == nodes[0].gossip.ledger.state_id
-    history = History(found, joiner.gossip, joiner.transport, Random(2), joiner.peer)
-    results = [history.advance() for _ in range(4)]
-    first = next(each for each in results if each is not None)
-    assert first.verdict is Verdict.AGREES and joiner.gossip.ledger.base is None
+    found_out = next(filter(None, (history.advance() for _ in range(4))))
+    assert Verdict.AGREES.value in found_out and joiner.gossip.ledger.base is None
     rebuilt = joiner.gossip.ledger.rebuild()
     assert torch.equal(rebuilt, q_by_definition(CHARTER, [*HISTORY, *tail]))
+    stored_whole = recall(CHARTER, joiner.store)
+    assert stored_whole.base is None and torch.equal(stored_whole.rebuild(), rebuilt)
 
 
 def test_a_false_checkpoint_is_found_out_by_the_audit(nodes: list[Node], joiner: Node) -> None:
@@ -143,10 +150,10 @@ def test_a_false_checkpoint_is_found_out_by_the_audit(nodes: list[Node], joiner:
     taken = Checkpoint.take(nodes[0].gossip.ledger)
     false = Checkpoint(CHARTER, taken.cut, taken.q + 1)
     joiner.gossip.meet(nodes[0].peer)
-    joiner.gossip.ledger = false.start(joiner.gossip.ledger)
-    history = History(false, joiner.gossip, joiner.transport, Random(2), joiner.peer)
-    audits = [found for found in (history.advance() for _ in range(4)) if found]
-    assert audits[0].verdict is Verdict.DIFFERS
+    history = joiner.begin(false)
+    assert joiner.gossip.ledger.state_id != nodes[0].gossip.ledger.state_id
+    found_out = next(filter(None, (history.advance() for _ in range(4))))
+    assert Verdict.DIFFERS.value in found_out
     assert joiner.gossip.ledger.state_id == nodes[0].gossip.ledger.state_id
 
 
@@ -170,7 +177,6 @@ def test_a_restart_before_the_audit_starts_from_the_stored_checkpoint(
     assert nodes[0].checkpoints.gather(records=1)
     found = fetch(joiner.gossip, joiner.transport, 2, lambda text: None)
     assert found is not None
-    entries = [entry_of(item) for item in joiner.gossip.ledger.introductions()]
-    joiner.store.append([*entries, stored(found, BASE, joiner.peer)])
+    joiner.begin(found)
     again = recall(CHARTER, joiner.store)
     assert again.base is not None and again.state_id == nodes[0].gossip.ledger.state_id

@@ -33,7 +33,7 @@ def values_of(hint: Any, least: float | None, most: float | None = None) -> st.S
     if hint is bool:
         return st.booleans()
     if hint is int:
-        return st.integers(int(least or 0), 2**40)
+        return st.integers(int(least or 0), int(most or 2**40))
     if hint is float:
         return st.floats(least or 0.0, most or 1e300, allow_subnormal=False)
     if hint is str:
@@ -86,9 +86,10 @@ def test_an_annotated_file_explains_every_key_and_means_the_same() -> None:
     for section in dataclasses.fields(Config):
         kind = type(getattr(Config(), section.name))
         assert f"# {kind.__doc__}\n[{section.name}]" in text
+        lines = text.split(f"\n[{section.name}]\n")[1].split("\n[")[0].splitlines()
         for name, _, about in options_of(kind):
             if (kind, name) != (StrategyConfig, "options"):
-                line = next(line for line in text.splitlines() if line.startswith(f"{name} = "))
+                line = next(line for line in lines if line.startswith(f"{name} = "))
                 assert about and line.endswith(f"  # {about}")
 
 

@@ -217,6 +217,7 @@ def smaller(make: Callable[..., Train]) -> Callable[..., Train]:
     return made
 
 
+@pytest.mark.long
 def test_every_case_runs_to_its_rows(here: None) -> None:
     rows = zo_learning.run(lambda text: None, seeds=1, quick=True)
     cases = {row["case"].partition("/")[0] for row in rows}
