@@ -10,7 +10,7 @@ import pytest
 
 from meadow.config import Config
 from meadow.errors import DataError, UpdateError
-from meadow.simulation import baselines, bench
+from meadow.simulation import baselines, bench, zo_bench, zo_speed
 from meadow.simulation.engine import Lab
 
 PAGES = Path(__file__).parents[2] / "docs" / "benchmarks"
@@ -31,6 +31,14 @@ def test_the_recorded_shares_are_what_the_project_promises(case: str, arm: str) 
     rows = json.loads((PAGES / "strategies.json").read_text())["rows"]
     row = next(row for row in rows if row["case"] == f"{case}/{arm}")
     assert row["seeds"] == 3 and row["value"] >= 0.85
+
+
+def test_the_zeroth_order_page_is_what_its_report_says_and_keeps_its_bars() -> None:
+    report = json.loads((PAGES / "zo.json").read_text())
+    assert (PAGES / "zo.md").read_text() == zo_bench.speed_page(report)
+    assert [row["case"] for row in report["rows"]] == list(zo_speed.CASES)
+    barred = [row for row in report["rows"] if row["bar"] is not None]
+    assert len(barred) == 6 and all(row["value"] <= row["bar"] for row in barred)
 
 
 def test_rows_are_means_and_half_ranges_over_the_seeds() -> None:
