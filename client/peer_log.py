@@ -6,9 +6,9 @@ import json
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from ..closeable import Closeable
 from ..errors import PeerError
 from ..events import Event, EventLog, Observer, tee
 from ..store import Disk
@@ -16,7 +16,7 @@ from ..store import Disk
 EVENTS, STATUS = "events.jsonl", "status.json"
 
 
-class PeerLog:
+class PeerLog(Closeable):
     """Threads may share it; the observer is called by one at a time."""
 
     def __init__(self, folder: Path, observer: Observer, disk: Disk) -> None:
@@ -28,15 +28,7 @@ class PeerLog:
         self._shown = b""
         self._silent: set[bytes] = set()  # peers that did not answer last time
 
-    def __enter__(self) -> PeerLog:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         self._file.close()
 
     def tell(self, kind: str, data: Mapping[str, Any], number: int = 0) -> None:

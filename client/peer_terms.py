@@ -11,7 +11,7 @@ from ..peft_adapters.pool import Pool
 from ..strategies.charter import Charter, Member
 from ..strategies.pool_strategy import PoolStrategy
 from ..strategies.registry import make
-from .workbench import Workbench
+from .workbench import Workbench, check_exportable
 
 CHARTERED = ("epsilon", "scale", "cores", "unit")
 """The strategy's options that the charter fixes for all peers."""
@@ -35,6 +35,7 @@ def draft(config: Config, bench: Workbench, founders: Iterable[Member], run_id: 
     Raises ConfigError for what peers cannot honour, or for a rate that the grid has no shift for.
     """
     terms = terms_of(config)
+    check_exportable(config.model.rank, bench.layers)
     layers = tuple(sorted(bench.layers, key=lambda site: site.name))
     pool = Pool(run_id, bench.base.digest, layers, config.model.rank, terms.cores, terms.unit)
     ordered = tuple(sorted(founders, key=lambda member: member.peer))

@@ -16,9 +16,9 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import cast
 
+from ..closeable import Closeable
 from ..errors import PeerError
 from .address_book import AddressBook, Contact
 from .peer_limits import Clock, Counts, PeerLimits, Slots
@@ -38,7 +38,7 @@ class _Link:
     users: int = 0
 
 
-class GrpcTransport:
+class GrpcTransport(Closeable):
     """Calls other peers.  Threads may share it; a forked process must make its own."""
 
     def __init__(
@@ -86,17 +86,6 @@ class GrpcTransport:
             links, self._links = list(self._links.values()), OrderedDict()
         for link in links:
             link.channel.close()
-
-    def __enter__(self) -> GrpcTransport:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _call(self, peer: bytes, verb: str, body: bytes, deadline: float) -> bytes:
         if len(body) > self._limits.message:

@@ -22,9 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, TypeVar, get_args
 
+from ..closeable import Closeable
 from ..errors import FormatError, JournalError
 from ..store import Disk, explained, locked
 
@@ -66,7 +66,7 @@ class Entry:
         return self.kind, self.digest
 
 
-class RecordStore:
+class RecordStore(Closeable):
     """Made by `RecordStore.open`; close it, or use it in a `with` statement."""
 
     def __init__(self, path: Path, own: bytes, disk: Disk) -> None:
@@ -102,17 +102,6 @@ class RecordStore:
     def close(self) -> None:
         """Release the folder.  Nothing depends on it: a store that was not closed is as safe."""
         self._resources.close()
-
-    def __enter__(self) -> RecordStore:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     # Writing
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from ..errors import ConfigError
 from ..nano import FOLDER as NANO_FOLDER
 from ..peft_adapters.bank import Bank
 from ..peft_adapters.layout import Site, Tree
-from ..peft_adapters.peft_format import SERVABLE_RANKS, save_adapter
+from ..peft_adapters.peft_format import SERVABLE_RANKS, largest_rank, save_adapter
 from ..store import Disk
 from .data import Silo
 from .encode import encode
@@ -81,4 +82,13 @@ def check_length(max_length: int, base: Base) -> None:
         raise ConfigError(
             f"[data] max_length = {max_length} is more than the context of {base.name}",
             f"at most {context}",
+        )
+
+
+def check_exportable(rank: int, layers: Sequence[Site]) -> None:
+    """Refuse, before the work, a rank whose adapter could not be written after it."""
+    largest = largest_rank((site.rows, site.columns) for site in layers)
+    if rank > largest:
+        raise ConfigError(
+            f"[model] rank = {rank} is larger than every adapted layer", f"at most {largest}"
         )

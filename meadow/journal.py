@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from .closeable import Closeable
 from .errors import FormatError, JournalError, UpdateError
 from .store import Blobs, Disk, digest_of, explained, locked
 from .wire import Json, canonical
@@ -62,7 +62,7 @@ class OpenRound:
     cohort: tuple[str, ...]
 
 
-class Journal:
+class Journal(Closeable):
     """One run's log.  Made by `Journal.open`; close it, or use it in a `with` statement."""
 
     run_id: str
@@ -101,17 +101,6 @@ class Journal:
     def close(self) -> None:
         """Release the folder.  Nothing depends on it: a journal that was not closed is as safe."""
         self._resources.close()
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     # Rounds
 

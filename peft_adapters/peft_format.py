@@ -402,13 +402,18 @@ def _check_widest(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """One rank serves all layers, so a narrow one may be padded beyond its size, all may not."""
     pairs = [(shapes[f"{name}.lora_A"], shapes[f"{name}.lora_B"]) for name in modules_of(shapes)]
     rank = max(A[0] for A, _ in pairs)
-    widest = max(min(A[1], B[0]) for A, B in pairs)
-    largest = next((servable for servable in SERVABLE_RANKS if servable >= widest), widest)
+    largest = largest_rank((B[0], A[1]) for A, B in pairs)
     if rank > largest:
         raise AdapterError(
             f"{where}rank {rank} is larger than every layer that the adapter changes",
             f"at most {largest} makes sense",
         )
+
+
+def largest_rank(layers: Iterable[tuple[int, int]]) -> int:
+    """The largest rank of an adapter for layers of these shapes (out, in)."""
+    widest = max(map(min, layers))
+    return next((servable for servable in SERVABLE_RANKS if servable >= widest), widest)
 
 
 def _check_sites(

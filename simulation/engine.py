@@ -26,7 +26,7 @@ from ..client.model import Base
 from ..client.outbox import Outbox
 from ..client.task import Participant, answer
 from ..client.trainer import Trainer
-from ..client.workbench import Workbench, open_workbench
+from ..client.workbench import Workbench, check_exportable, open_workbench
 from ..config import Config, write
 from ..errors import ConfigError, DataError, JournalError
 from ..events import Event, EventLog, Observer, tee
@@ -106,6 +106,7 @@ def open_lab(config: Config) -> Lab:
     bench = open_workbench(config)
     if not made.integers:  # the signs of a pool may have more columns than a matrix has
         check_rank(config.model.rank, bench.layers)
+    check_exportable(config.model.rank, bench.layers)
     encoded = [bench.encode(silo, config) for silo in silos]
     participants = tuple(participant for participant, _ in encoded)
     truncated = {participant.name: cut for participant, cut in encoded}

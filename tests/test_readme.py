@@ -24,6 +24,17 @@ def code(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
+def meadow(folder: Path, *arguments: str) -> None:
+    """Run a command that has to succeed, as a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "meadow.cli", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_two_commands_are_what_ci_and_packaging_know() -> None:
     first, second = code(section("Two commands"), "sh")
     assert first.strip() == "pip install . && meadow demo"
@@ -53,13 +64,7 @@ def test_ones_own_text_following_the_readme_only(tmp_path: Path) -> None:
     for line in code(own, "sh")[0].splitlines():
         command = shlex.split(line, comments=True)
         assert command[0] == "meadow"
-        done = subprocess.run(
-            [sys.executable, "-m", "meadow.cli", *command[1:]],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
+        meadow(tmp_path, *command[1:])
         if command[1] == "init":  # fewer rounds and steps than a user would make
             written = (tmp_path / "run.toml").read_text()
             shorter = written.replace("count = 10 ", "count = 2 ").replace(
@@ -85,13 +90,7 @@ def test_bytes_instead_of_gradients_following_the_readme_only(tmp_path: Path) ->
     assert second.strip() == "meadow peer demo"
     for line in first.splitlines():
         command = shlex.split(line, comments=True)
-        done = subprocess.run(
-            [sys.executable, "-m", "meadow.cli", *command[1:]],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
+        meadow(tmp_path, *command[1:])
     written = (tmp_path / "runs/bytes/metrics.jsonl").read_text().splitlines()
     last = json.loads(written[-1])
     assert last["round"] == 10 and last["loss"] < json.loads(written[0])["loss"]

@@ -207,6 +207,14 @@ def test_a_finished_run_only_tells_again(tiny: Config, lab: Lab, tmp_path: Path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(again).items())
 
 
+def test_a_pool_that_could_not_be_exported_is_refused_before_the_work(tiny: Config) -> None:
+    """Its signs may have more columns than one matrix has, but not than all of them."""
+    wide = tiny.replace(strategy={"name": "fedkseed", "options": {}})
+    assert open_lab(wide.replace(model={"rank": 16, "alpha": 16.0})).layers
+    with pytest.raises(ConfigError, match=r"larger than every adapted layer \(at most 16\)"):
+        open_lab(wide.replace(model={"rank": 32, "alpha": 32.0}))
+
+
 def test_a_folder_belongs_to_its_settings(tiny: Config, lab: Lab, tmp_path: Path) -> None:
     run(tiny, tmp_path / "out", lab)
     with pytest.raises(JournalError, match="holds a run with other settings"):
