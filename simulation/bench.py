@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -30,6 +30,7 @@ from ..config import Config
 from ..errors import ConfigError, DataError, QuorumError, UpdateError
 from . import baselines
 from .engine import Lab, open_lab, simulate
+from .kept_results import KeptResults
 
 GRID = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
 """Factors of the case's learning rate that every arm chooses from."""
@@ -134,17 +135,27 @@ def run(
     base = model or str((models / "stories260K").resolve())
     found = tasks(base, data) if name == "strategies" else refine_task(base, data)
     wanted = wanted_of(name, only, list(found))
-    out.mkdir(parents=True, exist_ok=True)  # a mistake in --out shows before hours of measuring
+    kept = kept_in(out)
     arms = ARMS if name == "strategies" else REFINEMENTS
     rows: list[dict[str, Any]] = []
     for case, config in found.items():
         if not wanted or case in wanted:
             with tempfile.TemporaryDirectory() as runs:
-                measured = _Case(case, config, Path(runs), phase)
+                measured = _Case(case, config, Path(runs), phase, kept)
                 for seed in range(1, seeds + 1):
                     measured.measure(seed, arms)
                 rows += measured.rows()
     return publish(name, out, rows, page)
+
+
+def kept_in(out: Path) -> KeptResults:
+    """The results that a bench of hours keeps in its folder, as it goes.
+
+    Raises OSError where the folder cannot be written: before the hours of measuring.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    origin = provenance()
+    return KeptResults(out / "measured.jsonl", {k: origin[k] for k in ("hardware", "commit")})
 
 
 def publish(
@@ -186,11 +197,28 @@ def provenance() -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Trained:
+    """Held-out losses after training and before it, and the bytes sent; None: not measured."""
+
+    loss: float
+    base: float | None = None
+    bytes_up: int | None = None
+
+
 class _Case:
     """The arms of one case, over all seeds: their losses, and the rates that they chose."""
 
-    def __init__(self, case: str, config: Config, runs: Path, phase: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        case: str,
+        config: Config,
+        runs: Path,
+        phase: Callable[[str], None],
+        kept: KeptResults,
+    ) -> None:
         self.case, self.config, self.runs, self.phase = case, config, runs, phase
+        self.kept = kept
         self.losses: dict[str, list[float]] = {}
         self.chosen: dict[str, float] = {}
         self.bytes_up: dict[str, int] = {}
@@ -198,35 +226,52 @@ class _Case:
     def measure(self, seed: int, arms: Sequence[Arm]) -> None:
         config = self.config.replace(rounds={"seed": seed})
         lab = open_lab(config)
-        self._arm(seed, "centralised", lambda lr: baselines.centralised(lab, config, [lr]).loss)
+        self._arm(
+            seed,
+            "centralised",
+            lambda lr: Trained(baselines.centralised(lab, config, [lr]).loss),
+        )
         self._arm(
             seed,
             "alone",
-            lambda lr: baselines.local_only(lab, config.replace(clients={"lr": lr})).loss,
+            lambda lr: Trained(baselines.local_only(lab, config.replace(clients={"lr": lr})).loss),
         )
         for arm in arms:
             self._arm(seed, arm.name, partial(self._federated, lab, config, arm))
 
-    def _arm(self, seed: int, name: str, loss_at: Callable[[float], float]) -> None:
+    def _arm(self, seed: int, name: str, train: Callable[[float], Trained]) -> None:
         """The arm's loss at its rate: the grid's best, chosen on the first seed."""
         self.phase(f"{self.case}, seed {seed}: {name}")
         rates = [self.chosen[name]] if name in self.chosen else rates_of(self.config)
-        found = {lr: loss for lr in rates if (loss := _unless_diverged(loss_at, lr)) is not None}
-        if not found:
+        found = {lr: self._trained(seed, name, train, lr) for lr in rates}
+        finite = {lr: trained for lr, trained in found.items() if trained is not None}
+        if not finite:
             raise UpdateError(f"{self.case}: {name} diverged at every learning rate")
-        self.chosen[name] = min(found, key=lambda lr: found[lr])
-        self.losses.setdefault(name, []).append(found[self.chosen[name]])
+        lr = self.chosen[name] = min(finite, key=lambda lr: finite[lr].loss)
+        self.losses.setdefault(name, []).append(finite[lr].loss)
+        base, bytes_up = finite[lr].base, finite[lr].bytes_up
+        if bytes_up is not None:
+            self.bytes_up[name] = bytes_up
+        bases = self.losses.setdefault("base", [])
+        if base is not None and len(bases) < len(self.losses["alone"]):
+            bases.append(base)
 
-    def _federated(self, lab: Lab, config: Config, arm: Arm, lr: float) -> float:
+    def _trained(
+        self, seed: int, name: str, train: Callable[[float], Trained], lr: float
+    ) -> Trained | None:
+        """What the arm led to at a rate, now or in an earlier start of the same command."""
+        config = self.config.replace(rounds={"seed": seed})
+        key = {"case": self.case, "arm": name, "lr": lr, "config": config.digest()}
+
+        found = self.kept.result(key, lambda: unless_diverged(lambda: asdict(train(lr))))
+        return None if found is None else Trained(**found)
+
+    def _federated(self, lab: Lab, config: Config, arm: Arm, lr: float) -> Trained:
         strategy = {"name": arm.strategy, "options": arm.options}
         folder = self.runs / "run"
         result = simulate(config.replace(clients={"lr": lr}, strategy=strategy), folder, lab)
         shutil.rmtree(folder)
-        self.bytes_up[arm.name] = result.total("bytes_up")
-        bases = self.losses.setdefault("base", [])
-        if len(bases) < len(self.losses["alone"]):
-            bases.append(result.base_loss)
-        return result.loss
+        return Trained(result.loss, result.base_loss, result.total("bytes_up"))
 
     def rows(self) -> Iterator[dict[str, Any]]:
         first = {"base": self.losses["base"], **self.losses}
@@ -238,13 +283,13 @@ def rates_of(config: Config) -> list[float]:
     return [float(f"{config.clients.lr * factor:.3g}") for factor in GRID]
 
 
-def _unless_diverged(loss_at: Callable[[float], float], lr: float) -> float | None:
-    """The loss; None where training broke down at this rate."""
+def unless_diverged(train: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """What training led to (its `loss` among it); None where it broke down."""
     try:
-        loss = loss_at(lr)
+        found = train()
     except (QuorumError, UpdateError):
         return None
-    return loss if math.isfinite(loss) else None
+    return found if math.isfinite(found["loss"]) else None
 
 
 def _rows(

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from . import zo_learning, zo_speed
-from .bench import publish, wanted_of
+from .bench import kept_in, publish, wanted_of
 
 NAMES = ("zo", "zo-learning")
 
@@ -27,7 +27,7 @@ def run(
         wanted = wanted_of(name, only, zo_speed.CASES)
         return publish(name, out, zo_speed.run(phase, wanted), speed_page)
     wanted = wanted_of(name, only, list(zo_learning.CASES))
-    return publish(name, out, zo_learning.run(phase, wanted, seeds), learning_page)
+    return publish(name, out, zo_learning.run(phase, kept_in(out), wanted, seeds), learning_page)
 
 
 def speed_page(report: dict[str, Any]) -> str:

@@ -8,19 +8,20 @@ the arm's improvement of the held-out loss over that of the case's reference, se
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from ..config import Config
-from ..errors import QuorumError, UpdateError
+from ..errors import UpdateError
 from . import demo
-from .bench import tasks
+from .bench import tasks, unless_diverged
 from .engine import Lab, open_lab
+from .kept_results import KeptResults
 from .zo_arms import Arm, Outcome, domain, federated, full_rank, mezo, rank_one, ranked, zeroth
 
 ZEROTH_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
@@ -43,7 +44,7 @@ class Case:
     arms: tuple[Arm, ...]
     bars: dict[str, float]  # by arm: the least share that the project promises
 
-    def measure(self, seeds: Sequence[int], phase: Phase) -> list[Row]:
+    def measure(self, seeds: Sequence[int], phase: Phase, kept: KeptResults) -> list[Row]:
         """A row for each arm.  Raises UpdateError where one diverged at every rate."""
         found: dict[str, list[Outcome]] = {arm.name: [] for arm in self.arms}
         chosen: dict[str, float] = {}
@@ -53,9 +54,23 @@ class Case:
             for arm in self.arms:
                 phase(f"{self.name}, seed {seed}: {arm.name}")
                 rates = (chosen[arm.name],) if arm.name in chosen else arm.rates
-                chosen[arm.name], outcome = _best(arm, lab, config, rates)
+                chosen[arm.name], outcome = self._best(arm, lab, config, rates, kept)
                 found[arm.name].append(outcome)
         return [self._row(arm, chosen[arm.name], found) for arm in self.arms]
+
+    def _best(
+        self, arm: Arm, lab: Lab, config: Config, rates: Sequence[float], kept: KeptResults
+    ) -> tuple[float, Outcome]:
+        """The rate with the lowest loss, and what it led to; rates that diverge are passed over."""
+        found = []
+        for lr in rates:
+            key = {"case": self.name, "arm": arm.name, "lr": lr, "config": config.digest()}
+            outcome = kept.result(key, partial(_outcome, arm, lab, config, lr))
+            if outcome is not None:
+                found.append((lr, Outcome(**outcome)))
+        if not found:
+            raise UpdateError(f"{arm.name} diverged at every learning rate")
+        return min(found, key=lambda pair: pair[1].loss)
 
     def _row(self, arm: Arm, lr: float, found: dict[str, list[Outcome]]) -> Row:
         outcomes = found[arm.name]
@@ -84,6 +99,7 @@ class Case:
 
 def run(
     phase: Phase,
+    kept: KeptResults,
     only: Sequence[str] = (),
     seeds: int = SEEDS,
     steps: int = STEPS,
@@ -98,7 +114,7 @@ def run(
         if not only or name in only:
             for case in make(steps):
                 shown = _shortened(case) if quick else case
-                found += shown.measure(range(1, seeds + 1), phase)
+                found += shown.measure(range(1, seeds + 1), phase, kept)
     return found
 
 
@@ -204,19 +220,8 @@ def _line(row: Row) -> str:
     )
 
 
-def _best(arm: Arm, lab: Lab, config: Config, rates: Sequence[float]) -> tuple[float, Outcome]:
-    """The rate with the lowest loss, and what it led to; rates that diverge are passed over."""
-    found = []
-    for lr in rates:
-        try:
-            outcome = arm.train(lab, config, lr)
-        except (QuorumError, UpdateError):
-            continue
-        if math.isfinite(outcome.loss):
-            found.append((lr, outcome))
-    if not found:
-        raise UpdateError(f"{arm.name} diverged at every learning rate")
-    return min(found, key=lambda pair: pair[1].loss)
+def _outcome(arm: Arm, lab: Lab, config: Config, lr: float) -> dict[str, Any] | None:
+    return unless_diverged(lambda: asdict(arm.train(lab, config, lr)))
 
 
 def _stepped(config: Config, steps: int, clients: int) -> Config:

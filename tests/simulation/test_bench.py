@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from meadow.config import Config
 from meadow.errors import DataError, UpdateError
 from meadow.simulation import baselines, bench, zo_bench, zo_speed
+from meadow.simulation.bench import kept_in
 from meadow.simulation.engine import Lab
 
 PAGES = Path(__file__).parents[2] / "docs" / "benchmarks"
@@ -54,7 +56,7 @@ def test_every_arm_chooses_its_rate_on_the_first_seed_and_keeps_it(
     tiny: Config, tmp_path: Path
 ) -> None:
     said: list[str] = []
-    case = bench._Case("tiny", tiny, tmp_path, said.append)
+    case = bench._Case("tiny", tiny, tmp_path, said.append, kept_in(tmp_path))
     arms = [bench.Arm("fedavg_lora", "fedavg_lora", {})]
     case.measure(1, arms)
     chosen = dict(case.chosen)
@@ -69,12 +71,12 @@ def test_every_arm_chooses_its_rate_on_the_first_seed_and_keeps_it(
 
 
 def test_a_rate_at_which_training_diverges_is_no_choice() -> None:
-    def diverging(lr: float) -> float:
+    def diverging() -> dict[str, Any]:
         raise UpdateError("the training loss is nan")
 
-    assert bench._unless_diverged(diverging, 1.0) is None
-    assert bench._unless_diverged(lambda lr: float("inf"), 1.0) is None
-    assert bench._unless_diverged(lambda lr: 2 * lr, 1.0) == 2.0
+    assert bench.unless_diverged(diverging) is None
+    assert bench.unless_diverged(lambda: {"loss": math.inf}) is None
+    assert bench.unless_diverged(lambda: {"loss": 2.0}) == {"loss": 2.0}
 
 
 def test_baselines_spend_the_federations_work(lab: Lab, tiny: Config) -> None:

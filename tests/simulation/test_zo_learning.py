@@ -17,7 +17,9 @@ from meadow.errors import DataError, UpdateError
 from meadow.peft_adapters.full_rank import FullRank
 from meadow.simulation import zo_arms, zo_learning
 from meadow.simulation.batches import batch_of, mean_loss
+from meadow.simulation.bench import kept_in
 from meadow.simulation.engine import Lab, open_lab
+from meadow.simulation.kept_results import KeptResults
 from meadow.simulation.zo_arms import EPSILON, Arm, Outcome, Train, ranked, single
 from meadow.simulation.zo_learning import Case
 from meadow.strategies.base import Loss
@@ -28,6 +30,11 @@ from meadow.strategies.zeroth_order import run_id_of
 def config(tiny: Config) -> Config:
     """Two rounds of two steps, at the arms' one scaling."""
     return ranked(tiny, 2)
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> KeptResults:
+    return kept_in(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -162,14 +169,14 @@ def scripted(table: dict[float, float], calls: list[tuple[int, float]]) -> Train
     return train
 
 
-def test_rates_are_chosen_on_the_first_seed_and_kept(config: Config) -> None:
+def test_rates_are_chosen_on_the_first_seed_and_stay(config: Config, kept: KeptResults) -> None:
     calls: list[tuple[int, float]] = []
     arms = (
         Arm("reference", scripted({1.0: 1.9}, []), (1.0,)),
         Arm("own", scripted({1.0: 3.0, 2.0: 2.9, 3.0: math.nan, 4.0: 999}, calls), (1, 2, 3, 4)),
     )
     said: list[str] = []
-    rows = Case("c", config, arms, {"own": 0.4}).measure([1, 2], said.append)
+    rows = Case("c", config, arms, {"own": 0.4}).measure([1, 2], said.append, kept)
     assert calls == [(1, 1), (1, 2), (1, 3), (1, 4), (2, 2)]
     assert len(said) == 4
     own = rows[1]
@@ -184,10 +191,10 @@ def test_rates_are_chosen_on_the_first_seed_and_kept(config: Config) -> None:
     assert "| own | 3.0500 ± 0.0500 | 0.487 ± 0.013 | ≥ 0.4 | 2 | 0.0 kB |" in page
 
 
-def test_an_arm_that_always_diverges_is_named(config: Config) -> None:
+def test_an_arm_that_always_diverges_is_named(config: Config, kept: KeptResults) -> None:
     arms = (Arm("wild", scripted({1.0: 999}, []), (1.0,)),)
     with pytest.raises(UpdateError, match="wild diverged"):
-        Case("c", config, arms, {}).measure([1], lambda text: None)
+        Case("c", config, arms, {}).measure([1], lambda text: None, kept)
 
 
 # --- the cases of the issue ----------------------------------------------------------------------
@@ -218,8 +225,8 @@ def smaller(make: Callable[..., Train]) -> Callable[..., Train]:
 
 
 @pytest.mark.long
-def test_every_case_runs_to_its_rows(here: None) -> None:
-    rows = zo_learning.run(lambda text: None, seeds=1, quick=True)
+def test_every_case_runs_to_its_rows(here: None, kept: KeptResults) -> None:
+    rows = zo_learning.run(lambda text: None, kept, seeds=1, quick=True)
     cases = {row["case"].partition("/")[0] for row in rows}
     assert cases == {
         "fresh_or_pool, nano",
@@ -245,7 +252,9 @@ def test_equal_passes_for_all_arms_that_are_compared() -> None:
     assert case.config.rounds.count * case.config.clients.steps == 600
 
 
-def test_missing_text_is_clear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_text_is_clear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: KeptResults
+) -> None:
     monkeypatch.setenv("MEADOW_DATA", str(tmp_path))
     with pytest.raises(DataError, match="MEADOW_DATA"):
-        zo_learning.run(lambda text: None, only=["cores_or_factors"], seeds=1, quick=True)
+        zo_learning.run(lambda text: None, kept, only=["cores_or_factors"], seeds=1, quick=True)
