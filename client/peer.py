@@ -338,7 +338,7 @@ class Peer:
             return
         pool, config = self.charter.pool, self.stepper.config
         tree = pool.adapter(q, config.scaling)
-        self.bench.export(config, tree, self.folder / ADAPTER, pool.run_id, self.disk)
+        self.bench.blueprint.export(config, tree, self.folder / ADAPTER, pool.run_id, self.disk)
         if self.settings.evaluate_every:
             measured = self.stepper.measure(q)
             usable = measured.tokens and math.isfinite(measured.loss)

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 
 from ..config import Config
 from ..errors import ConfigError, ModelError
+from ..peft_adapters.blueprint import check_exportable
 from ..peft_adapters.pool import Pool
 from ..strategies.charter import Charter, Member
 from ..strategies.pool_strategy import PoolStrategy
 from ..strategies.registry import make
-from .workbench import Workbench, check_exportable
+from .workbench import Workbench
 
 CHARTERED = ("epsilon", "scale", "cores", "unit")
 """The strategy's options that the charter fixes for all peers."""

@@ -315,7 +315,7 @@ def _replay(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         _refuse_other_state(found.state_id, options.state)
         if options.out is not None:
             tree = pool.adapter(found.q, config.scaling)
-            bench.export(config, tree, options.out, pool.run_id, Disk())
+            bench.blueprint.export(config, tree, options.out, pool.run_id, Disk())
     screen = Console()
     screen.print(
         f"{found.records} records, {found.steps} steps of {found.peers} peers; all signatures hold"

@@ -22,17 +22,18 @@ from .. import __version__
 from ..client.app import build as build_client_app
 from ..client.data import silos_of
 from ..client.member import Member
-from ..client.model import Base
 from ..client.outbox import Outbox
 from ..client.task import Participant, answer
 from ..client.trainer import Trainer
-from ..client.workbench import Workbench, check_exportable, open_workbench
+from ..client.workbench import Workbench, open_workbench
 from ..config import Config, write
 from ..errors import ConfigError, DataError, JournalError
 from ..events import Event, EventLog, Observer, tee
 from ..identity import own_identity
 from ..journal import Journal, RunIdentity
 from ..peft_adapters.bank import Bank
+from ..peft_adapters.base_model import Base
+from ..peft_adapters.blueprint import check_shape
 from ..peft_adapters.layout import FACTORS, Site
 from ..peft_adapters.manifest import Provenance, write_manifest
 from ..peft_adapters.peft_format import load_adapter
@@ -104,9 +105,7 @@ def open_lab(config: Config) -> Lab:
     silos = silos_of(config)
     check_participants(config, [silo.client for silo in silos])
     bench = open_workbench(config)
-    if not made.integers:  # the signs of a pool may have more columns than a matrix has
-        check_rank(config.model.rank, bench.layers)
-    check_exportable(config.model.rank, bench.layers)
+    check_shape(config.model.rank, bench.layers, made.integers)
     encoded = [bench.encode(silo, config) for silo in silos]
     participants = tuple(participant for participant, _ in encoded)
     truncated = {participant.name: cut for participant, cut in encoded}
@@ -129,17 +128,6 @@ def check_participants(config: Config, names: Sequence[str]) -> None:
             )
     if ranks and config.clients.clip_update and config.strategy.name == "fedavg_lora":
         raise ConfigError("clip_update needs equal ranks: a change of shape has no norm")
-
-
-def check_rank(rank: int, layers: Sequence[Site]) -> None:
-    """Refuse a rank that some adapted layer cannot have."""
-    for site in layers:
-        if rank > min(site.rows, site.columns):
-            raise ConfigError(
-                f"[model] rank = {rank} is more than layer {site.name} has"
-                f" ({site.rows} x {site.columns})",
-                f"at most {min(min(s.rows, s.columns) for s in layers)}",
-            )
 
 
 @dataclass(frozen=True)
@@ -258,13 +246,15 @@ def _run(
     def main(peers: GridPeers) -> None:
         coordinator = Coordinator(config, strategy, journal, peers, transforms, observer)
         state = coordinator.run()
-        run_id, bench = journal.run_id, lab.bench
-        bench.export(config, strategy.export(state), folder / "adapter", run_id, disk)
+        run_id, blueprint = journal.run_id, lab.bench.blueprint
+        blueprint.export(config, strategy.export(state), folder / "adapter", run_id, disk)
         write_manifest(folder, signer, provenance(config, lab, journal), disk)
         for member in members if strategy.personal else ():
             sent = strategy.broadcast(state, coordinator.turn(config.rounds.count))
             own = member.own(sent, coordinator.turn(config.rounds.count, client=member.name))
-            bench.export(config, own.adapter, personal_folder(folder, member.name), run_id, disk)
+            blueprint.export(
+                config, own.adapter, personal_folder(folder, member.name), run_id, disk
+            )
 
     def groups(cohort: Sequence[str]) -> list[list[str]]:
         return [list(cohort[start : start + group]) for start in range(0, len(cohort), group)]

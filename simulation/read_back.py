@@ -14,9 +14,9 @@ import torch
 
 from ..client.data import silos_of
 from ..client.encode import encode
-from ..client.model import DTYPES
 from ..config import load
 from ..nano import FOLDER
+from ..peft_adapters.base_model import DTYPES
 
 
 def loss_with_peft(run: Path) -> float:

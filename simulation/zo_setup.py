@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..client.encode import IGNORED, Example, collate
-from ..client.model import sites
 from ..client.task import Participant
 from ..client.trainer import Trainer
 from ..config import ClientsConfig
 from ..peft_adapters.bank import Bank, CoreSlots, core_tree
+from ..peft_adapters.base_model import sites
 from ..peft_adapters.pool import Integers, Pool, directions, fold
 from ..strategies.zeroth_order import Header, Walked, run_id_of, walk
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from meadow.client.encode import IGNORED, Example, batch_indices
-from meadow.client.model import sites
 from meadow.client.trainer import Job, Trainer
 from meadow.config import ClientsConfig
 from meadow.errors import ModelError
 from meadow.peft_adapters.bank import Bank, core_stack, core_tree
+from meadow.peft_adapters.base_model import sites
 from meadow.peft_adapters.layout import CORE
 from meadow.peft_adapters.pool import Pool
 from meadow.strategies.base import Probe, Sgd

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from meadow.client.encode import IGNORED, Example, batch_indices
-from meadow.client.model import sites
 from meadow.client.task import Participant, answer, drive
 from meadow.client.trainer import Job, Trainer, rate_factor
 from meadow.config import ClientsConfig
 from meadow.errors import ModelError, UpdateError
 from meadow.peft_adapters.bank import Bank
+from meadow.peft_adapters.base_model import sites
 from meadow.peft_adapters.layout import FACTORS, Site, Tree
 from meadow.strategies.base import Loss, Sgd, State, Trained, Turn
 from meadow.strategies.registry import make

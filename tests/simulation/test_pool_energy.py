@@ -111,7 +111,8 @@ def test_a_quantised_base_is_refused(lab: Lab, tiny: Config) -> None:
     model = nn.Module()
     model.layer = Packed()
     base = replace(lab.base, model=model)
-    bench = replace(lab.bench, base=base, layers=(Site("layer", 8, 8),))
+    blueprint = replace(lab.bench.blueprint, layers=(Site("layer", 8, 8),))
+    bench = replace(lab.bench, base=base, blueprint=blueprint)
     packed = replace(lab, bench=bench)
     with pytest.raises(ModelError, match="quantised"):
         energy(packed, tiny, 2)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from meadow.client.model import sites
 from meadow.config import Config, parse
+from meadow.peft_adapters.base_model import sites
 from meadow.simulation import reference_pages as pages
 from meadow.simulation import strategy_table
 from meadow.simulation.pretrain_nano import build_model

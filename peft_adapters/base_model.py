@@ -19,8 +19,8 @@ from torch import nn
 
 from ..errors import ModelError
 from ..nano import FOLDER
-from ..peft_adapters.layout import Site
-from .digest import base_digest, weight_files
+from .base_digest import base_digest, weight_files
+from .layout import Site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,6 +69,22 @@ def load_base(
         tokenizer = _tokenizer(folder)
         model = _model(folder, DTYPES[dtype], quantization, place)
     return Base(_frozen(model), tokenizer, digest, name, place)
+
+
+def load_skeleton(name: str) -> tuple[nn.Module, str]:
+    """The base model's modules without storage (torch's device "meta"), and its digest."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _quiet():
+        folder = _folder(name)
+        digest = base_digest(folder)
+        try:
+            with torch.device("meta"):
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            raise ModelError(f"{folder}: cannot be read: {_first_line(error)}") from None
+    return model, digest
 
 
 def sites(model: nn.Module, targets: str | Sequence[str]) -> list[Site]:

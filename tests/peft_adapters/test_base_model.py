@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from meadow.client.model import load_base, sites
 from meadow.errors import ModelError
+from meadow.peft_adapters.base_model import load_base, sites
 
 MODELS = Path(os.environ.get("MEADOW_MODELS", Path(__file__).parents[2] / ".." / "shared/models"))
 LLAMA = {

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from meadow.client.digest import base_digest
 from meadow.errors import ModelError
+from meadow.peft_adapters.base_digest import base_digest
 
 SPELLED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8", torch.float64: "F64"}
 
