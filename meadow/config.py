@@ -90,6 +90,9 @@ class RoundsConfig:
     evaluate_every: int = _key(
         1, "measure held-out losses every so many rounds (the last: always)", 1
     )
+    spare: float = _key(
+        0.0, "ask so much more than that share; the round closes without the slowest", 0, 10
+    )
     seed: int = _key(1, "seed of cohorts, initial factors and batches", 0)
 
 
@@ -141,6 +144,24 @@ class PeerConfig:
 
 
 @dataclass(frozen=True)
+class CoordinatorConfig:
+    """A deployed run: where `meadow coordinator` is reached, and whom it waits for."""
+
+    listen: str = _key("0.0.0.0:9440", "host:port of the one public port")
+    addresses: list[str] = _key(
+        [], "host:port by which participants reach it ([]: this host's name and that port)"
+    )
+    certificate: str = _key("", "own TLS certificate chain, PEM (empty: one is made)")
+    key: str = _key("", "its private key, PEM")
+    approve: Literal["by_hand", "invited"] = _key(
+        "by_hand", "who may take part: whom the operator approves, or whoever has an invitation"
+    )
+    invitation_hours: float = _key(24.0, "how long an invitation can be used", 1e-3)
+    participants: int = _key(1, "the run begins once so many are online", 1)
+    retry_seconds: float = _key(30.0, "pause before a round without quorum is tried again", 0)
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -151,6 +172,7 @@ class Config:
     clients: ClientsConfig = field(default_factory=ClientsConfig)
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     peer: PeerConfig = field(default_factory=PeerConfig)
+    coordinator: CoordinatorConfig = field(default_factory=CoordinatorConfig)
 
     @property
     def scaling(self) -> float:
@@ -160,6 +182,12 @@ class Config:
         """SHA-256 of all settings: a run's folder refuses to continue under another."""
         canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def shared(self) -> Config:
+        """What all participants of a deployed run have in common, and approve: everything but
+        where text lies and where the coordinator is reached."""
+        common = self.replace(data={"source": ""})
+        return dataclasses.replace(common, peer=PeerConfig(), coordinator=CoordinatorConfig())
 
     def replace(self, **sections: Mapping[str, Any]) -> Config:
         """A copy with some keys of some sections changed: `replace(clients={"lr": 1e-3})`."""
@@ -192,6 +220,23 @@ def parse(text: str, name: str = "run.toml", folder: Path | None = None) -> Conf
     version = tables.pop("format", FORMAT)
     if version != FORMAT:
         raise ConfigError(f"{name} has format {version}; this meadow reads format {FORMAT}")
+    return _absolute(_built(tables, name), folder or Path.cwd())
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The config as nested tables, the strategy's options among its own keys."""
+    tables = dataclasses.asdict(config)
+    strategy = tables["strategy"]
+    tables["strategy"] = {"name": strategy["name"], **strategy["options"]}
+    return tables
+
+
+def from_json(tables: Mapping[str, Any], name: str) -> Config:
+    """The inverse of `to_json`, for a config that came from elsewhere.  Raises ConfigError."""
+    return _built(tables, name)
+
+
+def _built(tables: Mapping[str, Any], name: str) -> Config:
     sections = {part.name: part for part in dataclasses.fields(Config)}
     built = {}
     for section, keys in tables.items():
@@ -200,7 +245,7 @@ def parse(text: str, name: str = "run.toml", folder: Path | None = None) -> Conf
         if not isinstance(keys, dict):
             raise ConfigError(f"{name}: {section} must be a section, [{section}]")
         built[section] = _section(section, keys, name)
-    return _absolute(Config(**built), folder or Path.cwd())
+    return Config(**built)
 
 
 def _section(section: str, keys: dict[str, Any], name: str) -> Any:

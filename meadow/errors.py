@@ -12,7 +12,9 @@
     ├── JournalError         a run's folder that cannot be continued
     ├── IdentityError        a key that cannot be used, or a signature that does not hold
     ├── StorageError         the disk is full or not writable
-    └── PeerError            a peer that cannot be reached, or that refuses
+    ├── PeerError            a peer that cannot be reached, or that refuses
+    ├── PolicyError          a request that a participant's policy does not allow
+    └── TrainerError         the resident trainer does not run, or refuses
 
 The command line prints `str(error)` and exits with status 2; anything else is a defect and shows
 its traceback.
@@ -83,3 +85,15 @@ class StorageError(MeadowError):
 
 class PeerError(MeadowError):
     """A peer that cannot be reached, refuses, or does not keep to what it said."""
+
+
+class FlowerError(MeadowError):
+    """One of Flower's programs refuses or gives no answer."""
+
+
+class PolicyError(MeadowError):
+    """A request that this participant's own policy does not allow."""
+
+
+class TrainerError(MeadowError):
+    """The resident trainer does not run, or refuses a request; the reason is its own."""

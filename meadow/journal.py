@@ -116,6 +116,18 @@ class Journal(Closeable):
                 "INSERT INTO rounds VALUES (?, ?, NULL, NULL)", (number, canonical(list(cohort)))
             )
 
+    def recast(self, number: int, cohort: Sequence[str]) -> None:
+        """Give the open round another cohort, which keeps all that have contributed."""
+        opened = self.current()
+        if opened is None or opened.number != number:
+            raise ValueError(f"round {number} is not open")
+        if not set(self.contributions(number)) <= set(cohort) or len(set(cohort)) != len(cohort):
+            raise ValueError(f"round {number} cannot be given the cohort {list(cohort)}")
+        with self._transaction():
+            self._db.execute(
+                "UPDATE rounds SET cohort = ? WHERE number = ?", (canonical(list(cohort)), number)
+            )
+
     def current(self) -> OpenRound | None:
         """The round that is open, if one is."""
         for number, cohort in self._rows("SELECT number, cohort FROM rounds WHERE state IS NULL"):

@@ -7,15 +7,18 @@ because Flower's arrays refuse bf16 and their sizes are not checked before parsi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from .coordinator import Refusal
 
-VERBS = {"train": "train", "evaluate": "evaluate", "name": "query"}
+VERBS = {"train": "train", "evaluate": "evaluate"}
 """meadow's closed list of verbs and the Flower message type that each travels in."""
+
+Nodes = Callable[[], Mapping[str, int]]
+"""The participants that may be asked, by name, and the Flower node of each."""
 
 
 def wrap(payload: bytes) -> RecordDict:
@@ -23,21 +26,26 @@ def wrap(payload: bytes) -> RecordDict:
 
 
 class GridPeers:
-    """Flower's nodes as `Peers`: names are asked for once, replies come one by one in memory."""
+    """Flower's nodes as `Peers`: one message and one reply in memory at a time.
+
+    Replies that come when nobody waits for them any more are pulled and dropped, by name.
+    """
 
     def __init__(
-        self, grid: Grid, groups: Callable[[Sequence[str]], list[list[str]]], poll: float = 0.0
+        self,
+        grid: Grid,
+        nodes: Nodes,
+        groups: Callable[[Sequence[str]], list[list[str]]],
+        poll: float = 0.0,
+        on_late: Callable[[str], None] = lambda name: None,
     ) -> None:
-        self._grid, self._groups, self._poll = grid, groups, poll
-        self._nodes: dict[str, int] = {}
+        self._grid, self._nodes, self._groups = grid, nodes, groups
+        self._poll, self._on_late = poll, on_late
+        self._late: dict[str, str] = {}  # message id to name
 
     def names(self) -> list[str]:
-        known = set(self._nodes.values())
-        unknown = [node for node in self._grid.get_node_ids() if node not in known]
-        for message, reply in self._exchange("name", dict.fromkeys(unknown, b""), 60.0):
-            if isinstance(reply, bytes):
-                self._nodes[reply.decode(errors="replace")] = message
-        return sorted(self._nodes)
+        online = set(self._grid.get_node_ids())
+        return sorted(name for name, node in self._nodes().items() if node in online)
 
     def together(self, cohort: Sequence[str]) -> list[list[str]]:
         return self._groups(cohort)
@@ -49,33 +57,45 @@ class GridPeers:
         payload: Callable[[str], bytes],
         deadline_seconds: float,
     ) -> Iterator[tuple[str, bytes | Refusal]]:
-        if not self._nodes.keys() >= set(names):
-            self.names()  # a resumed round's cohort is older than this process
-        by_node = {self._nodes[name]: name for name in names if name in self._nodes}
-        payloads = {node: payload(name) for node, name in by_node.items()}
-        for node, reply in self._exchange(verb, payloads, deadline_seconds):
-            yield by_node[node], reply
-
-    def _exchange(
-        self, verb: str, payloads: dict[int, bytes], deadline_seconds: float
-    ) -> Iterator[tuple[int, bytes | Refusal]]:
-        messages = [
-            Message(
-                wrap(payload),
-                dst_node_id=node,
-                message_type=VERBS[verb],
-                ttl=deadline_seconds + 60.0,
-            )
-            for node, payload in payloads.items()
-        ]
-        pending = set(self._grid.push_messages(messages))
         deadline = time.monotonic() + deadline_seconds
-        while pending and time.monotonic() < deadline:
-            for message_id in tuple(sorted(pending)):
-                for reply in self._grid.pull_messages([message_id]):
-                    pending.discard(message_id)
-                    yield reply.metadata.src_node_id, _unwrap(reply)
-            time.sleep(self._poll)
+        pending = self._push(verb, names, payload, deadline_seconds)
+        try:
+            while pending and time.monotonic() < deadline:
+                yield from self._pull(pending)
+                self._drop_late()
+                time.sleep(self._poll)
+        finally:
+            self._late |= pending
+
+    def _push(
+        self,
+        verb: str,
+        names: Sequence[str],
+        payload: Callable[[str], bytes],
+        deadline_seconds: float,
+    ) -> dict[str, str]:
+        """Message id to name.  Each message is made, sent and forgotten before the next."""
+        nodes = self._nodes()
+        pending: dict[str, str] = {}
+        for name in names:
+            if name in nodes:
+                message = Message(
+                    wrap(payload(name)),
+                    dst_node_id=nodes[name],
+                    message_type=VERBS[verb],
+                    ttl=deadline_seconds + 60.0,
+                )
+                pending |= dict.fromkeys(self._grid.push_messages([message]), name)
+        return pending
+
+    def _pull(self, pending: dict[str, str]) -> Iterator[tuple[str, bytes | Refusal]]:
+        for message_id in sorted(pending):
+            for reply in self._grid.pull_messages([message_id]):
+                yield pending.pop(message_id), _unwrap(reply)
+
+    def _drop_late(self) -> None:
+        for name, _ in self._pull(self._late):
+            self._on_late(name)
 
 
 def _unwrap(reply: Message) -> bytes | Refusal:
@@ -86,13 +106,15 @@ def _unwrap(reply: Message) -> bytes | Refusal:
 
 
 def build(
-    main: Callable[[GridPeers], None], groups: Callable[[Sequence[str]], list[list[str]]]
+    main: Callable[[GridPeers], None],
+    nodes: Nodes,
+    groups: Callable[[Sequence[str]], list[list[str]]],
 ) -> ServerApp:
     """A ServerApp whose main job is `main`, with the grid's nodes as its peers."""
     app = ServerApp()
 
     @app.main()
     def run(grid: Grid, context: Context) -> None:
-        main(GridPeers(grid, groups))
+        main(GridPeers(grid, nodes, groups))
 
     return app

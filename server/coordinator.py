@@ -80,6 +80,7 @@ class Coordinator:
     ) -> None:
         self.config, self.strategy, self.journal, self.peers = config, strategy, journal, peers
         self.transforms, self.observer = transforms, observer
+        self._header = {"run": journal.run_id, "config": config.shared().digest()}
         self.state = self._resume()
 
     def _resume(self) -> State:
@@ -121,12 +122,31 @@ class Coordinator:
             self.journal.note("joined", {**joined, **new})
         return names
 
+    def _sample(self, number: int) -> list[str]:
+        rounds = self.config.rounds
+        share = min(1.0, rounds.fraction * (1 + rounds.spare))
+        return sample(self._enrol(number), share, rounds.seed, number)
+
+    def _wanted(self, cohort: Sequence[str]) -> int:
+        """How many of a cohort a round waits for: all but those that were asked to spare."""
+        return math.ceil(len(cohort) / (1 + self.config.rounds.spare) - 1e-9)
+
+    def recast(self) -> None:
+        """Ask others in the open round, beside those who have answered: its cohort is who can be
+        asked now.  For a round that found no quorum."""
+        opened = self.journal.current()
+        if opened is None:
+            return
+        number = opened.number
+        answered = set(self.journal.contributions(number))
+        self.journal.recast(number, sorted(answered.union(self._sample(number))))
+
     def round(self, number: int) -> None:
         """One round, or the rest of it."""
         rounds = self.config.rounds
         opened = self.journal.current()
         if opened is None:
-            cohort = sample(self._enrol(number), rounds.fraction, rounds.seed, number)
+            cohort = self._sample(number)
             self.journal.open_round(number, cohort)
         else:
             cohort = list(opened.cohort)
@@ -163,21 +183,27 @@ class Coordinator:
         sizes: dict[str, int] = {}
 
         def payload(name: str) -> bytes:
-            data = pack_update(sent, turn=turn_to_json(self.turn(number, cohort, name)))
+            data = self._message(sent, self.turn(number, cohort, name))
             sizes[name] = len(data)
             return data
 
-        for name, reply in self.peers.ask(
-            "train", asked, payload, self.config.rounds.deadline_seconds
-        ):
+        missing = self._wanted(cohort) - len(self.journal.contributions(number))
+        replies = self.peers.ask("train", asked, payload, self.config.rounds.deadline_seconds)
+        for name, reply in replies if missing > 0 else ():
             if name not in answered:
-                self._receive(number, name, reply, sent, cohort)
+                missing -= self._receive(number, name, reply, sent, cohort)
+            if missing <= 0 and self.config.rounds.spare:
+                break  # the slowest are too late
         return sum(sizes[name] if name in sizes else len(payload(name)) for name in cohort)
+
+    def _message(self, sent: Update, turn: Turn) -> bytes:
+        """What a participant is sent: whose run and turn it is, and the broadcast."""
+        return pack_update(sent, turn=turn_to_json(turn), **self._header)
 
     def _receive(
         self, number: int, name: str, reply: bytes | Refusal, sent: Update, cohort: Sequence[str]
-    ) -> None:
-        """Keep one answer durably, or refuse it by name."""
+    ) -> bool:
+        """Keep one answer durably, or refuse it by name; whether it is a new contribution."""
         try:
             if isinstance(reply, Refusal):
                 raise UpdateError(str(reply))
@@ -186,13 +212,14 @@ class Coordinator:
             update = check_contribution(reply, self.strategy.template(sent, turn), name, types)
             self.strategy.validate(update, turn)
             if not self.journal.receive(number, name, reply):
-                return  # the same bytes once more
+                return False  # the same bytes once more
         except (UpdateError, FormatError) as error:
             self.journal.refuse(number, name, str(error))
             self.observer(Event("refused", number, {"client": name, "reason": str(error)}))
-            return
+            return False
         told = {"client": name, "bytes": len(reply), **_figures(update)}
         self.observer(Event("contribution", number, told))
+        return True
 
     def _combine(
         self, number: int, cohort: Sequence[str], sent: Update
@@ -200,7 +227,7 @@ class Coordinator:
         """Fold the journaled contributions in the cohort's order."""
         digests = self.journal.contributions(number)
         refusals = self.journal.refusals(number)
-        least = max(1, math.ceil(self.config.rounds.quorum * len(cohort) - 1e-9))
+        least = max(1, math.ceil(self.config.rounds.quorum * self._wanted(cohort) - 1e-9))
         if len(digests) < least:
             self.journal.forgive(number)  # a second try of the run is a second try for them
             raise QuorumError(
@@ -242,7 +269,7 @@ class Coordinator:
         answers: dict[str, Measured] = {}
 
         def payload(name: str) -> bytes:
-            return pack_update(sent, turn=turn_to_json(self.turn(number, (), name)))
+            return self._message(sent, self.turn(number, (), name))
 
         deadline = self.config.rounds.deadline_seconds
         for name, reply in self.peers.ask("evaluate", self.peers.names(), payload, deadline):

@@ -28,7 +28,7 @@ from ..client.trainer import Trainer
 from ..client.workbench import Workbench, open_workbench
 from ..config import Config, write
 from ..errors import ConfigError, DataError, JournalError
-from ..events import Event, EventLog, Observer, tee
+from ..events import Event, Observer, tee
 from ..identity import own_identity
 from ..journal import Journal, RunIdentity
 from ..peft_adapters.bank import Bank
@@ -41,6 +41,7 @@ from ..peft_adapters.pool_size import warnings_of
 from ..server.app import GridPeers
 from ..server.app import build as build_server_app
 from ..server.coordinator import Coordinator
+from ..server.run_folder import environment, provenance, traces
 from ..store import Disk
 from ..strategies.base import Answer, Loss, Request, Strategy
 from ..strategies.registry import make
@@ -158,16 +159,6 @@ class Result:
         return sum(int(row.get(key, 0)) for row in self.metrics)
 
 
-def environment() -> dict[str, str]:
-    """What bit-for-bit equality depends on besides the settings."""
-    return {
-        "torch": torch.__version__,
-        "threads": str(torch.get_num_threads()),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "cuda": str(torch.version.cuda and torch.cuda.is_available()),
-    }
-
-
 def simulate(
     config: Config,
     folder: Path,
@@ -190,12 +181,8 @@ def simulate(
     with Journal.open(folder, identity, disk) as journal:
         _check_text(journal, lab, folder)
         disk.write(folder / "run.toml", write(config).encode())
-        log = EventLog(folder / "events.jsonl")
-        keep_metrics = _metrics_writer(journal, folder, disk)
-        try:
-            _run(config, folder, lab, journal, tee(log, keep_metrics, observer), disk, progress)
-        finally:
-            log.close()
+        with traces(journal, folder, disk) as keep:
+            _run(config, folder, lab, journal, tee(keep, observer), disk, progress)
         return Result(folder, tuple(journal.metrics()), tuple(journal.notices))
 
 
@@ -248,7 +235,7 @@ def _run(
         state = coordinator.run()
         run_id, blueprint = journal.run_id, lab.bench.blueprint
         blueprint.export(config, strategy.export(state), folder / "adapter", run_id, disk)
-        write_manifest(folder, signer, provenance(config, lab, journal), disk)
+        write_manifest(folder, signer, _provenance(config, lab, journal), disk)
         for member in members if strategy.personal else ():
             sent = strategy.broadcast(state, coordinator.turn(config.rounds.count))
             own = member.own(sent, coordinator.turn(config.rounds.count, client=member.name))
@@ -259,7 +246,8 @@ def _run(
     def groups(cohort: Sequence[str]) -> list[list[str]]:
         return [list(cohort[start : start + group]) for start in range(0, len(cohort), group)]
 
-    build_server_app(main, groups)(grid, Context(1, 0, {}, RecordDict(), {}))
+    nodes = {member.name: node for node, member in enumerate(members, 1)}
+    build_server_app(main, lambda: nodes, groups)(grid, Context(1, 0, {}, RecordDict(), {}))
     observer(Event("run_finished", config.rounds.count, {"adapter": str(folder / "adapter")}))
 
 
@@ -298,29 +286,6 @@ def measure(lab: Lab, config: Config, adapter: Path) -> dict[str, Any]:
     return {"base_loss": sums[0] / tokens, "loss": sums[1] / tokens, "losses": losses}
 
 
-def provenance(config: Config, lab: Lab, journal: Journal) -> Provenance:
-    """What the manifest says of this run."""
-    rows = journal.metrics()
-    return Provenance(
-        run_id=journal.run_id,
-        base_digest=lab.base.digest,
-        config_digest=config.digest(),
-        strategy=config.strategy.name,
-        rounds=config.rounds.count,
-        participants=len(lab.participants),
-        seed=config.rounds.seed,
-        base_loss=rows[0].get("loss"),
-        # the losses of personal adapters are not those of the shared one
-        loss=None if lab.strategy(config).personal else rows[-1].get("loss"),
-    )
-
-
-def _metrics_writer(journal: Journal, folder: Path, disk: Disk) -> Observer:
-    """Keeps metrics.jsonl equal to the journal: written whole, so no crash can leave it torn."""
-
-    def keep(event: Event) -> None:
-        if event.kind in ("run_started", "round_closed"):
-            rows = (json.dumps(row, separators=(",", ":")) + "\n" for row in journal.metrics())
-            disk.write(folder / "metrics.jsonl", "".join(rows).encode())
-
-    return keep
+def _provenance(config: Config, lab: Lab, journal: Journal) -> Provenance:
+    personal = lab.strategy(config).personal
+    return provenance(config, lab.base.digest, len(lab.participants), personal, journal)

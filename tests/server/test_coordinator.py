@@ -599,3 +599,53 @@ def test_what_is_journaled_is_what_was_sent(tmp_path: Path) -> None:
     received = Update({"x": torch.tensor([1.0, 2.0])})
     for turn in people.turns:
         assert done.contributions[1][turn.client] == digest_of(honest(received, replace(turn)))
+
+
+# --- a deployed run: spare participants, and rounds that find no quorum --------------------------
+
+
+def test_a_round_with_spare_participants_closes_without_the_slowest(tmp_path: Path) -> None:
+    config = CONFIG.replace(rounds={"count": 1, "fraction": 0.5, "spare": 0.5})
+    people = People(["ada", "bob", "cyd", "dan"], order=lambda names: names[::-1])
+    found = run(tmp_path, people, config)
+    cohort = found.metrics[1]["missing"] + list(found.metrics[1]["train_loss"])
+    assert len(cohort) == 3 and len(found.metrics[1]["train_loss"]) == 2
+    assert found.metrics[1]["missing"] == [min(cohort)]  # the last to answer
+    assert torch.allclose(found.x, reference([sorted(found.metrics[1]["train_loss"])]))
+
+
+def test_the_quorum_is_of_those_who_are_wanted(tmp_path: Path) -> None:
+    config = CONFIG.replace(rounds={"count": 1, "fraction": 0.5, "spare": 1.0, "quorum": 0.5})
+    names = ["ada", "bob", "cyd", "dan"]
+    people = People(names, dict.fromkeys(names[1:], always(None)))
+    assert run(tmp_path, people, config).metrics[1]["contributions"] == 1
+
+
+def test_a_round_without_quorum_can_ask_others_and_keeps_who_has_answered(tmp_path: Path) -> None:
+    config = CONFIG.replace(rounds={"count": 1, "quorum": 0.9})
+    people = People(["ada", "bob"], {"bob": always(None)})
+    with Journal.open(tmp_path, IDENTITY) as journal:
+        coordinator = Coordinator(config, Toy(), journal, people)
+        with pytest.raises(QuorumError):
+            coordinator.run()
+        people.present = ["ada", "eve"]  # bob is gone for good
+        coordinator.recast()
+        assert journal.current() is not None
+        coordinator.run()
+        assert torch.allclose(coordinator.state.tensors["x"], reference([["ada", "eve"]]))
+        assert [names for verb, names in people.asked if verb == "train"][-1] == ["eve"]
+
+
+def test_a_message_says_whose_run_it_is(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Told(People):
+        def ask(self, verb: str, names: Sequence[str], payload: Any, seconds: float) -> Any:
+            seen.extend(unpack_update(payload(name))[1] for name in names)
+            return super().ask(verb, names, payload, seconds)
+
+    run(tmp_path, Told(["ada"]), CONFIG.replace(rounds={"count": 1}))
+    with Journal.open(tmp_path, IDENTITY) as journal:
+        assert {header["run"] for header in seen} == {journal.run_id}
+    digests = {header["config"] for header in seen}
+    assert digests == {CONFIG.replace(rounds={"count": 1}).shared().digest()}

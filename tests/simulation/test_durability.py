@@ -28,7 +28,8 @@ from meadow.client.outbox import Outbox
 from meadow.config import Config
 from meadow.errors import StorageError
 from meadow.journal import Journal, RunIdentity
-from meadow.simulation.engine import Lab, environment, open_lab, simulate
+from meadow.server.run_folder import environment
+from meadow.simulation.engine import Lab, open_lab, simulate
 from meadow.store import Disk, digest_of
 from meadow.strategies.registry import STRATEGIES
 

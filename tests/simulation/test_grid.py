@@ -43,8 +43,11 @@ def federation(
     return LocalGrid(build(lambda node: people[node - 1]), 3, group), people  # type: ignore[arg-type, return-value]
 
 
-def peers_of(grid: Grid) -> GridPeers:
-    return GridPeers(grid, lambda cohort: [[name] for name in cohort])
+NODES = {name: node for node, name in enumerate(NAMES, 1)}
+
+
+def peers_of(grid: Grid, late: Callable[[str], None] = lambda name: None) -> GridPeers:
+    return GridPeers(grid, lambda: NODES, lambda cohort: [[name] for name in cohort], 0.0, late)
 
 
 def to(node: int, payload: bytes, kind: str = "train") -> Message:
@@ -162,7 +165,7 @@ def test_peers_are_known_by_name() -> None:
 
 
 def test_a_cohort_older_than_this_process_is_found() -> None:
-    """A resumed round asks names that nobody has looked up, some of which are gone."""
+    """A resumed round asks names some of which are gone."""
     peers = peers_of(federation()[0])
     answers = dict(peers.ask("train", ["bob", "gone"], lambda name: b"x", 9.0))
     assert answers == {"bob": b"bob did x"}
@@ -192,16 +195,26 @@ def test_a_reply_of_another_kind_is_a_refusal() -> None:
         content = {1: RecordDict(), 2: RecordDict({"meadow": ConfigRecord({"payload": 7})})}
         return Message(content[context.node_id], reply_to=message)
 
-    @app.query()
-    def name(message: Message, context: Context) -> Message:
-        payload = b"\xff\xfe" if context.node_id == 1 else b"bob"
-        return Message(wrap(payload), reply_to=message)
+    answers = dict(peers_of(LocalGrid(app, 2)).ask("train", ["ada", "bob"], lambda _: b"x", 9.0))
+    assert answers == dict.fromkeys(["ada", "bob"], Refusal("the reply carries no payload"))
 
-    peers = peers_of(LocalGrid(app, 2))
-    names = peers.names()
-    assert len(names) == 2 and "bob" in names
-    answers = dict(peers.ask("train", names, lambda name: b"x", 9.0))
-    assert set(answers.values()) == {Refusal("the reply carries no payload")}
+
+def test_who_is_known_and_not_there_cannot_be_asked() -> None:
+    app = build(lambda node: Person("ada"))  # type: ignore[arg-type, return-value]
+    assert peers_of(LocalGrid(app, 2)).names() == ["ada", "bob"]
+
+
+def test_what_comes_when_nobody_waits_is_dropped_by_name() -> None:
+    late: list[str] = []
+    grid, people = federation()
+    peers = peers_of(grid, late.append)
+    for name, reply in peers.ask("train", list(NAMES), lambda name: b"first", 9.0):
+        assert (name, reply) == ("ada", b"ada did first")
+        break
+    answers = dict(peers.ask("train", list(NAMES), lambda name: b"second", 9.0))
+    assert answers == {name: f"{name} did second".encode() for name in NAMES}
+    assert late == ["bob", "eve"]
+    assert not grid._done and not peers._late
 
 
 def test_nobody_is_waited_for_after_the_deadline() -> None:
@@ -212,12 +225,13 @@ def test_nobody_is_waited_for_after_the_deadline() -> None:
     app = build(lambda node: Person("ada"))  # type: ignore[arg-type, return-value]
     grid = Silent(app, 1)
     peers = peers_of(grid)
-    peers._nodes = {"ada": 1}
     assert list(peers.ask("train", ["ada"], lambda name: b"x", 0.05)) == []
 
 
 def test_the_server_app_hands_its_grid_to_main() -> None:
     seen: list[list[str]] = []
-    app = build_server_app(lambda peers: seen.append(peers.names()), lambda cohort: [list(cohort)])
+    app = build_server_app(
+        lambda peers: seen.append(peers.names()), lambda: NODES, lambda cohort: [list(cohort)]
+    )
     app(federation()[0], Context(1, 0, {}, RecordDict(), {}))
     assert seen == [["ada", "bob", "eve"]]

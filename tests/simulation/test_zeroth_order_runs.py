@@ -17,7 +17,8 @@ from meadow.events import Event
 from meadow.journal import Journal, RunIdentity
 from meadow.peft_adapters.layout import FACTORS
 from meadow.peft_adapters.peft_format import load_adapter
-from meadow.simulation.engine import Lab, Result, environment, measure, open_lab, simulate
+from meadow.server.run_folder import environment
+from meadow.simulation.engine import Lab, Result, measure, open_lab, simulate
 from meadow.strategies.messages import unpack_state
 
 BYTES: dict[str, Any] = {"lr": 3e-3, "epsilon": -7}
