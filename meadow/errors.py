@@ -11,8 +11,11 @@
     ├── QuorumError          too few contributions in a round
     ├── JournalError         a run's folder that cannot be continued
     ├── IdentityError        a key that cannot be used, or a signature that does not hold
+    ├── InvitationError      an invitation that is cut off, expired, used, or unknown
+    ├── RosterError          a participant whose state does not allow what is asked
     ├── StorageError         the disk is full or not writable
     ├── PeerError            a peer that cannot be reached, or that refuses
+    ├── GatewayError         the coordinator's gateway cannot be reached, or refuses
     ├── PolicyError          a request that a participant's policy does not allow
     └── TrainerError         the resident trainer does not run, or refuses
 
@@ -79,6 +82,14 @@ class IdentityError(MeadowError):
     """A key file that is damaged or open to others, or a signature that nobody trusted made."""
 
 
+class InvitationError(MeadowError):
+    """An invitation that is cut off, expired, used or unknown, or names what cannot be."""
+
+
+class RosterError(MeadowError):
+    """No such participant, or one whose state does not allow what is asked of it."""
+
+
 class StorageError(MeadowError):
     """The disk is full or cannot be written; what was acknowledged is safe."""
 
@@ -91,9 +102,22 @@ class FlowerError(MeadowError):
     """One of Flower's programs refuses or gives no answer."""
 
 
+class GatewayError(MeadowError):
+    """The coordinator's gateway cannot be reached, or refuses."""
+
+    def __init__(self, message: str, hint: str = "", status: int = 0) -> None:
+        """`status` is HTTP's; 0 where there was no answer."""
+        super().__init__(message, hint)
+        self.status = status
+
+
 class PolicyError(MeadowError):
     """A request that this participant's own policy does not allow."""
 
 
 class TrainerError(MeadowError):
     """The resident trainer does not run, or refuses a request; the reason is its own."""
+
+
+class DeploymentError(MeadowError):
+    """A process of a deployment failed, or did not get to where it should."""

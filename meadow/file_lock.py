@@ -1,0 +1,20 @@
+"""One process at a time, waiting for its turn; the system ends a turn when the process ends."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .store import explained
+
+
+@contextmanager
+def own_turn(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, which is made where there is none and stays."""
+    with explained(path):
+        file = open(path, "ab")
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
