@@ -56,7 +56,7 @@ def load_silos(
         groups = _natural(rows, participants)
     else:
         groups = _artificial(rows, partition, participants, alpha, seed)
-    return [_silo(client, groups[client], train_rows, held_out_rows) for client in sorted(groups)]
+    return [silo_of(client, groups[client], train_rows, held_out_rows) for client in sorted(groups)]
 
 
 def silos_of(config: Config) -> list[Silo]:
@@ -123,7 +123,8 @@ def _artificial(
     }
 
 
-def _silo(client: str, rows: Sequence[Row], train_rows: int, held_out_rows: int) -> Silo:
+def silo_of(client: str, rows: Sequence[Row], train_rows: int, held_out_rows: int) -> Silo:
+    """The silo of one participant's rows.  Raises DataError where none are for training."""
     train, held_out = hold_out(rows)
     if not train:
         hint = "all its rows say split = test; give it rows to train on, or leave it out"
