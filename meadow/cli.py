@@ -1,4 +1,4 @@
-"""The command line: `meadow demo | simulate | evaluate | init | strategies | peer | bench`.
+"""The command line: `meadow demo | simulate | coordinator | client | peer | ...`.
 
 Only here is anything printed.  A user's mistake is one line on standard error and status 2.
 """
@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, cli_peer
+from . import __version__, cli_client, cli_coordinator, cli_peer
 from .config import Config, load, options_of, write
 from .display import Display, bytes_text, seconds_text
 from .errors import ConfigError, MeadowError, StorageError
@@ -26,7 +26,8 @@ from .errors import ConfigError, MeadowError, StorageError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    options = build_parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = build_parser().parse_args(cli_client.with_run(cli_coordinator.with_start(given)))
     console = Console(stderr=True)
     try:
         report = options.run(options, console)
@@ -55,6 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument(
         "--quick", action="store_true", help="two participants, two rounds: half a minute"
+    )
+    demo.add_argument(
+        "--deploy",
+        action="store_true",
+        help="a coordinator and three participants as real processes, TLS between them",
     )
     demo.add_argument("--out", type=Path, default=Path("meadow-demo"), help="the run's folder")
     demo.add_argument("--threads", type=_count, default=0, help="torch threads (0: torch's choice)")
@@ -98,6 +104,14 @@ def _add_tools(commands: Any) -> None:
     pool.add_argument("config", type=Path, metavar="run.toml", help="names base, data and rank")
     pool.add_argument("--out", type=Path, help="also write the table there, as pool.json")
 
+    coordinator = commands.add_parser("coordinator", help="the operator's side of a deployed run")
+    cli_coordinator.add_commands(
+        coordinator.add_subparsers(required=True, metavar="COMMAND"), _command
+    )
+
+    client = commands.add_parser("client", help="the participant's side of a deployed run")
+    cli_client.add_commands(client.add_subparsers(required=True, metavar="COMMAND"), _command)
+
     peer = commands.add_parser("peer", help="a run without a coordinator")
     cli_peer.add_commands(
         peer.add_subparsers(required=True, metavar="COMMAND"), _command, _positive
@@ -139,6 +153,8 @@ def _command(commands: Any, name: str, run: Any, about: str) -> argparse.Argumen
 def _demo(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .simulation import demo
 
+    if options.deploy:
+        return _deploy_demo(options, console)
     config = demo.QUICK if options.quick else demo.FULL
     config = config.replace(simulation={"threads": options.threads})
     folder = demo.free_folder(options.out)
@@ -146,6 +162,16 @@ def _demo(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     with Display(console, steps) as display:
         report = demo.run(config, folder, demo.Demo(display, display.advance, display.enter))
     _print_demo(report, Console())
+    return report
+
+
+def _deploy_demo(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from .simulation import deploy_demo
+
+    with Display(console) as display:
+        report = deploy_demo.run(options.out, display.enter)
+    for line in deploy_demo.lines(report):
+        Console().print(line, markup=False, highlight=False, soft_wrap=True)
     return report
 
 

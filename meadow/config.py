@@ -157,8 +157,16 @@ class CoordinatorConfig:
         "by_hand", "who may take part: whom the operator approves, or whoever has an invitation"
     )
     invitation_hours: float = _key(24.0, "how long an invitation can be used", 1e-3)
-    participants: int = _key(1, "the run begins once so many are online", 1)
+    invite: list[str] = _key([], "names of the participants to invite when the run begins")
+    participants: int = _key(
+        0, "the run begins once so many are online (0: as many as `invite` names, at least 1)", 0
+    )
     retry_seconds: float = _key(30.0, "pause before a round without quorum is tried again", 0)
+
+    @property
+    def least(self) -> int:
+        """How many have to be online before the run begins."""
+        return self.participants or max(1, len(self.invite))
 
 
 @dataclass(frozen=True)
@@ -322,6 +330,12 @@ def _absolute(config: Config, folder: Path) -> Config:
         changed["data"] = {
             "source": source[: len(source) - len(name)] + str(folder.resolve() / name)
         }
+    own = config.coordinator
+    changed["coordinator"] = {
+        key: str((folder / value).resolve())
+        for key, value in (("certificate", own.certificate), ("key", own.key))
+        if value
+    }
     return config.replace(**changed)
 
 

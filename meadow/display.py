@@ -90,10 +90,12 @@ class Display:
             self.bytes_up += data["bytes"]
         elif event.kind == "refused":
             self._say(f"round {event.round}: refused {data['client']}: {data['reason']}")
+        elif event.kind == "late":
+            self._say(f"round {event.round}: {data['client']} answered too late and is left out")
         elif event.kind == "notice":
             self._say(data["text"])
         elif event.kind == "run_started":
-            cut = {name: rows for name, rows in data["truncated"].items() if rows}
+            cut = {name: rows for name, rows in data.get("truncated", {}).items() if rows}
             if cut:
                 self._say(
                     "rows longer than max_length, cut: "

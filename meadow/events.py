@@ -1,15 +1,15 @@
 """The one event schema: what metrics files, progress displays and dashboards read.
 
 An event is a kind, a round and plain JSON data.  Kinds: run_started, round_opened, contribution,
-refused, round_closed, run_finished, notice; of a peer without a coordinator: listening, record (its
-round is the sequence number), measured, notice.
+refused, late, round_closed, run_finished, notice; of a peer without a coordinator: listening,
+record (its round is the sequence number), measured, notice.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,38 @@ class EventLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+class EventTail:
+    """Reads the events that another process appends to a log, from where it stands now."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = path.stat().st_size if path.exists() else 0
+
+    def read(self) -> Iterator[Event]:
+        """What has been appended since; a line that is not whole yet comes later."""
+        if not self._path.exists():
+            return
+        with explained(self._path), self._path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            event = _event(line)
+            if event is not None:
+                yield event
+
+
+def _event(line: bytes) -> Event | None:
+    """An event of a log's line; None for one that a crash tore."""
+    try:
+        row = json.loads(line)
+        kind, number = row.pop("kind"), row.pop("round")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return None
+    return Event(kind, number, row)
 
 
 def tee(*observers: Observer) -> Observer:

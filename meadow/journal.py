@@ -200,6 +200,26 @@ class Journal(Closeable):
         with self._transaction():
             self._db.execute("DELETE FROM refusals WHERE round = ?", (number,))
 
+    def retract(self, client: str, reason: str) -> list[int]:
+        """Forget all that a client has contributed; the rounds that it had contributed to.
+
+        Its payloads are deleted with the next `prune`.  It is refused in the open round, if that
+        is one of them or asks it.  What closed rounds made of its contributions stays in them.
+        """
+        found = self._rows(
+            "SELECT round FROM contributions WHERE client = ? ORDER BY round", client
+        )
+        rounds = [int(number) for (number,) in found]
+        opened = self.current()
+        asked = [opened.number] if opened is not None and client in opened.cohort else []
+        with self._transaction():
+            self._db.execute("DELETE FROM contributions WHERE client = ?", (client,))
+            for number in {*rounds, *asked}:
+                self._db.execute(
+                    "INSERT OR IGNORE INTO refusals VALUES (?, ?, ?)", (number, client, reason)
+                )
+        return rounds
+
     def contributions(self, number: int) -> dict[str, str]:
         """The digest of each client that contributed to a round, in the cohort's order."""
         found = dict(self._rows("SELECT client, digest FROM contributions WHERE round = ?", number))

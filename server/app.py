@@ -6,8 +6,10 @@ because Flower's arrays refuse bf16 and their sizes are not checked before parsi
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -118,3 +120,17 @@ def build(
         main(GridPeers(grid, nodes, groups))
 
     return app
+
+
+app = ServerApp()
+"""What Flower's executor runs on a coordinator's machine: the run in MEADOW_COORDINATOR."""
+
+
+@app.main()
+def deployed(grid: Grid, context: Context) -> None:
+    from . import deployment  # loads torch
+
+    def peers_of(nodes: Nodes, on_late: Callable[[str], None]) -> GridPeers:
+        return GridPeers(grid, nodes, deployment.alone, deployment.POLL_SECONDS, on_late)
+
+    deployment.serve(Path(os.environ["MEADOW_COORDINATOR"]), peers_of)

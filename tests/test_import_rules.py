@@ -18,7 +18,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "server": {"strategies", "peft_adapters", "meadow"},
     "simulation": {"client", "server", "strategies", "peft_adapters", "meadow"},
 }
-FREE = ("meadow/cli.py", "meadow/cli_peer.py")  # may import all, and print
+FREE = (
+    "meadow/cli.py",
+    "meadow/cli_coordinator.py",
+    "meadow/cli_client.py",
+    "meadow/cli_peer.py",
+)  # may import all, and print
 FLOWER = {
     "client/app.py": {"flwr.app", "flwr.clientapp"},
     "server/app.py": {"flwr.app", "flwr.serverapp"},

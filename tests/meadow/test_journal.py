@@ -267,3 +267,45 @@ def test_the_same_journal_goes_on_when_space_returns(folder: Path) -> None:
         assert journal.receive(1, "ada", b"payload")
         journal.close_round(1, b"state", {})
         assert journal.last() == (1, b"state")
+
+
+# Other cohorts, and contributions that are taken back
+
+
+def test_an_open_round_can_be_given_another_cohort(tmp_path: Path) -> None:
+    with Journal.open(tmp_path, IDENTITY) as journal:
+        journal.close_round(0, b"start", {})
+        journal.open_round(1, ["ada", "bob"])
+        journal.receive(1, "bob", b"bytes")
+        for wrong in (["ada"], ["bob", "bob"]):
+            with pytest.raises(ValueError, match="cannot be given"):
+                journal.recast(1, wrong)
+        journal.recast(1, ["eve", "bob"])
+        with pytest.raises(UpdateError, match="not asked"):
+            journal.receive(1, "ada", b"x")
+        journal.receive(1, "eve", b"y")
+        assert list(journal.contributions(1)) == ["eve", "bob"]
+        journal.close_round(1, b"next", {})
+        with pytest.raises(ValueError, match="not open"):
+            journal.recast(1, ["eve"])
+
+
+def test_what_a_client_takes_back_is_gone_and_what_others_sent_is_not(tmp_path: Path) -> None:
+    with Journal.open(tmp_path, IDENTITY) as journal:
+        journal.close_round(0, b"start", {})
+        for number in (1, 2):
+            journal.open_round(number, ["ada", "bob"])
+            journal.receive(number, "ada", b"ada %d" % number)
+            journal.receive(number, "bob", b"bob %d" % number)
+            if number == 1:
+                journal.close_round(1, b"next", {})
+        digest = journal.contributions(2)["ada"]
+        assert journal.retract("ada", "gone") == [1, 2] and journal.retract("ada", "gone") == []
+        assert list(journal.contributions(1)) == list(journal.contributions(2)) == ["bob"]
+        assert journal.refusals(2) == {"ada": "gone"}
+        with pytest.raises(UpdateError, match="was refused"):
+            journal.receive(2, "ada", b"again")
+        journal.prune(2)
+        with pytest.raises(JournalError):
+            journal.payload(digest)
+        assert journal.payload(journal.contributions(2)["bob"]) == b"bob 2"

@@ -1,0 +1,105 @@
+"""The participant's daemon: forwarder, resident trainer and Flower's SuperNode, kept alive.
+
+While the participant has paused, the SuperNode is stopped: the coordinator sees a participant that
+is away, not one that refuses.  The trainer keeps its base loaded.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import FlowerError
+from ..events import Event, Observer
+from ..flower_commands import build_bundle, bundle_digest, environment, program
+from ..processes import Program, Supervisor, free_port
+from ..store import Disk, explained
+from .home import FLOWER_KEY, FORWARDER_AUTHORITY, PAUSED, SOCKET, TERMS
+from .terms import Terms
+
+FORWARDER, TRAINER, SUPERNODE = "forwarder", "trainer", "supernode"
+
+
+class ClientDaemon:
+    """Everything of one participant in one run."""
+
+    def __init__(self, folder: Path, observer: Observer) -> None:
+        """`folder` is the participant's, as `meadow client join` made it.
+
+        Raises ConfigError where it did not, FlowerError where this machine's bundle of entry points
+        is another than the approved one.
+        """
+        self.folder, self.observer = folder, observer
+        self._disk = Disk()
+        self._flower = folder / "flower"
+        self._disk.folder(self._flower)
+        self.terms = Terms.load(folder / TERMS)
+        self.bundle = own_bundle(self._flower, self._disk)
+        check_bundle(self.bundle, self.terms)
+        self._forwarder_ready, self._trainer_ready = (
+            folder / "forwarder.port",
+            folder / "trainer.pid",
+        )
+        self._runtime_port = free_port()
+        if not (self._flower / "secret").exists():
+            self._disk.write(self._flower / "secret", secrets.token_bytes(32), 0o600)
+
+    def run(self, stop: Callable[[], bool]) -> None:
+        """Until `stop` says so."""
+        programs = [self._forwarder(), self._trainer(), self._supernode()]
+        paused = None
+        with Supervisor(self.folder / "logs", programs, self.observer, self._disk) as supervisor:
+            while not stop():
+                before, paused = paused, (self.folder / PAUSED).exists()
+                if paused != before and (paused or before is not None):
+                    self.observer(Event("notice", 0, {"text": "paused" if paused else "resumed"}))
+                supervisor.tick([FORWARDER, TRAINER] if paused else None)
+                time.sleep(0.1)
+
+    def _forwarder(self) -> Program:
+        command = [sys.executable, "-m", "meadow.client.forwarder", "--folder", str(self.folder)]
+        command += ["--bundle", str(self.bundle), "--ready", str(self._forwarder_ready)]
+        return Program(FORWARDER, lambda: command, ready_file=self._forwarder_ready)
+
+    def _trainer(self) -> Program:
+        command = [sys.executable, "-m", "meadow.client.resident_trainer"]
+        command += ["--folder", str(self.folder), "--ready", str(self._trainer_ready)]
+        return Program(TRAINER, lambda: command, ready_file=self._trainer_ready)
+
+    def _supernode(self) -> Program:
+        def command() -> list[str]:
+            with explained(self._forwarder_ready):
+                port = int(self._forwarder_ready.read_text())
+            return [
+                program("flower-supernode"),
+                *("--superlink", f"127.0.0.1:{port}"),
+                *("--root-certificates", str(self.folder / FORWARDER_AUTHORITY)),
+                *("--auth-supernode-private-key", str(self.folder / FLOWER_KEY)),
+                *("--superexec-auth-secret-file", str(self._flower / "secret")),
+                *("--port", str(self._runtime_port)),
+                *("--node-config", f"trainer={_toml(self.folder / SOCKET)}"),
+            ]
+
+        return Program(SUPERNODE, command, environment(self._flower / "home"))
+
+
+def own_bundle(folder: Path, disk: Disk) -> Path:
+    """The bundle that this machine's meadow builds; made once."""
+    target = folder / "bundle.fab"
+    return target if target.exists() else build_bundle(folder, disk)
+
+
+def check_bundle(bundle: Path, terms: Terms) -> None:
+    """Raise FlowerError unless the run's bundle is the one that this machine builds itself."""
+    if bundle_digest(bundle) != terms.bundle:
+        raise FlowerError(
+            "the coordinator's bundle is another than this machine builds, so it is refused",
+            "install the coordinator's version of meadow and of flwr",
+        )
+
+
+def _toml(path: Path) -> str:
+    return '"' + str(path).replace("\\", "\\\\").replace('"', '\\"') + '"'

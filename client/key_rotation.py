@@ -1,0 +1,52 @@
+"""Another identity key under the same name: the old one's successor, at every coordinator.
+
+The new key lies beside the old one, durably, before any coordinator hears of it, and takes its
+place when all have agreed.  Whatever is cut short on the way is finished by the next attempt: a
+coordinator that is asked again for the same pair of keys says the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cryptography import x509
+
+from ..errors import GatewayError
+from ..identity import Identity
+from ..store import Disk, explained
+from .gateway_client import GatewayClient
+from .membership import Membership
+
+
+def next_path(identity: Path) -> Path:
+    """Where the successor of a key lies until it takes its place."""
+    return identity.with_name(f"next-{identity.name}")
+
+
+def rotate_identity(identity: Path, folders: Sequence[Path], disk: Disk | None = None) -> Identity:
+    """Replace the key at `identity`, which the memberships in `folders` are of; the new one.
+
+    Raises GatewayError where a coordinator cannot be reached or refuses: run it again.  Until it
+    has returned, those who have agreed know only the new key.
+    """
+    disk = disk or Disk()
+    old = Identity.load_or_create(identity, disk)
+    new = Identity.load_or_create(next_path(identity), disk)
+    for folder in folders:
+        membership = Membership.load(folder)
+        if not _is_of(membership, new):
+            with GatewayClient(membership, old) as client:
+                found = client.rotate(new)
+            if not found.certificate:
+                raise GatewayError(f"{found.name} is {found.status} at {membership.addresses[0]}")
+            membership.with_certificate(found.certificate).save(folder, disk)
+    with explained(identity):
+        disk.rename(next_path(identity), identity)
+    disk.confirm(identity.parent)
+    return new
+
+
+def _is_of(membership: Membership, identity: Identity) -> bool:
+    certificate = x509.load_pem_x509_certificate(membership.certificate.encode())
+    return bool(certificate.public_key() == identity.public)

@@ -1,0 +1,267 @@
+"""`meadow coordinator …`: the operator's side of a deployed run."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from ssl import PEM_cert_to_DER_cert
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .config import Config, load
+from .display import Display
+from .invitation import Invitation
+from .store import Disk
+
+START = "start"
+"""What `meadow coordinator run.toml` means."""
+
+Add = Callable[..., argparse.ArgumentParser]
+_FOLDER = Path("coordinator")
+
+
+def add_commands(commands: Any, add: Add) -> None:
+    """The sub-commands of `meadow coordinator`; `add(commands, name, run, about)` makes one."""
+    start = add(commands, START, _start, "begin a run, or go on with it (also: without `start`)")
+    start.add_argument("config", type=Path, metavar="run.toml")
+    start.add_argument("--out", type=Path, default=_FOLDER, help="the coordinator's folder")
+
+    invite = _on_folder(commands, add, "invite", _invite, "print an invitation for a participant")
+    invite.add_argument("name", help="what to call the participant")
+
+    _on_folder(commands, add, "clients", _clients, "list participants")
+    for name, about in (
+        ("approve", "let a participant in, once its fingerprint is compared"),
+        ("suspend", "refuse a participant until `readmit`"),
+        ("readmit", "let a suspended participant in again"),
+        ("revoke", "refuse a participant's key for good"),
+    ):
+        _on_folder(commands, add, name, _CHANGES[name], about).add_argument("name")
+
+    log = _on_folder(commands, add, "log", _log, "print the audit trail: who did what, and when")
+    log.add_argument("--last", type=int, default=50, help="so many lines")
+    _on_folder(commands, add, "pause", _pause, "begin no further round until `resume`")
+    _on_folder(commands, add, "resume", _resume, "go on after `pause`")
+
+    backup = _on_folder(commands, add, "backup", _backup, "write everything into one file")
+    backup.add_argument("file", type=Path)
+    restore = add(commands, "restore", _restore, "unpack a backup into an empty folder")
+    restore.add_argument("file", type=Path)
+    restore.add_argument("--folder", type=Path, default=_FOLDER)
+
+
+def _on_folder(commands: Any, add: Add, name: str, run: Any, about: str) -> argparse.ArgumentParser:
+    parser = add(commands, name, run, about)
+    parser.add_argument("--folder", type=Path, default=_FOLDER, help="the coordinator's folder")
+    return parser
+
+
+def _start(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from .identity import own_identity
+    from .peft_adapters.blueprint import open_blueprint
+    from .server.coordinator_daemon import CoordinatorDaemon
+    from .server.coordinator_home import CoordinatorHome, check_deployable
+    from .server.flower_engine import FlowerEngine
+
+    config, disk, home = load(options.config), Disk(), CoordinatorHome(options.out.resolve())
+    with Display(console) as display:
+        display.enter("preparing")
+        blueprint = open_blueprint(config.model)
+        check_deployable(config, blueprint)
+        bundle = FlowerEngine(home.flower, disk).bundle_digest()
+        home.prepare(config, blueprint, bundle, own_identity(), disk)
+        daemon = CoordinatorDaemon(home, config, display)
+        _print_invitations(home, config)
+        display.enter("waiting for participants")
+        with stoppable() as stopped:
+            finished = daemon.run(lambda: bool(stopped))
+    screen = Console()
+    if finished:
+        screen.print(f"adapter: {home.run / 'adapter'}", soft_wrap=True, highlight=False)
+    else:
+        screen.print("stopped; the same command goes on", soft_wrap=True, highlight=False)
+    return {"finished": finished, "folder": str(home.folder)}
+
+
+def _print_invitations(home: Any, config: Config) -> None:
+    from .server.roster import Roster
+
+    screen = Console()
+    with Roster.open(home.roster) as roster:
+        known = {person.name for person in roster.participants()}
+    for name in config.coordinator.invite:
+        if name not in known:
+            text = make_invitation(home, config, name)
+            screen.print(f"invitation for {name} (send it as you would a password):")
+            screen.print(f"  meadow client join {text} --data FOLDER", soft_wrap=True)
+
+
+def make_invitation(home: Any, config: Config, name: str) -> str:
+    """A new invitation's text; it is also kept in the coordinator's folder."""
+    from .server.authority import Authority
+    from .server.coordinator_daemon import public_addresses
+    from .server.roster import Roster
+
+    seconds = config.coordinator.invitation_hours * 3600
+    trusted = Authority.open(home.authority).certificate.decode()
+    authority = b"" if config.coordinator.certificate else PEM_cert_to_DER_cert(trusted)
+    with Roster.open(home.roster) as roster:
+        token = roster.invite(name, seconds)
+    invitation = Invitation(
+        name, tuple(public_addresses(config)), authority, token, int(time.time() + seconds)
+    )
+    return invitation.text()
+
+
+def _invite(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    home, config = _opened(options)
+    text = make_invitation(home, config, options.name)
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    return {"name": options.name, "invitation": text}
+
+
+def _clients(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    from .server.roster import Roster
+
+    home, _ = _opened(options)
+    with Roster.open(home.roster) as roster:
+        people = roster.participants()
+    table = Table()
+    for title in ("name", "status", "fingerprint", "last heard of", "certificate until"):
+        table.add_column(title)
+    for person in people:
+        cells = (person.fingerprint if person.key else "", _day(person.seen))
+        table.add_row(person.name, person.status, *cells, _day(person.certificate_expires))
+    Console().print(table)
+    return [
+        {"name": p.name, "status": p.status, "fingerprint": p.fingerprint if p.key else ""}
+        for p in people
+    ]
+
+
+def _approve(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from .server.coordinator_daemon import approve
+    from .server.flower_engine import FlowerEngine
+    from .server.roster import Roster
+
+    home, _ = _opened(options)
+    with Roster.open(home.roster) as roster:
+        approve(roster, FlowerEngine(home.flower, Disk()), options.name)
+        return _told(roster, options.name)
+
+
+def _suspend(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    return _changed(options, lambda roster: roster.suspend(options.name))
+
+
+def _readmit(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    return _changed(options, lambda roster: roster.resume(options.name))
+
+
+def _revoke(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    return _changed(options, lambda roster: roster.revoke(options.name))
+
+
+_CHANGES = {"approve": _approve, "suspend": _suspend, "readmit": _readmit, "revoke": _revoke}
+
+
+def _changed(options: argparse.Namespace, change: Callable[[Any], Any]) -> dict[str, Any]:
+    from .server.roster import Roster
+
+    home, _ = _opened(options)
+    with Roster.open(home.roster) as roster:
+        change(roster)
+        return _told(roster, options.name)
+
+
+def _told(roster: Any, name: str) -> dict[str, Any]:
+    person = roster.by_name(name)
+    Console().print(f"{person.name}: {person.status}", markup=False, highlight=False)
+    return {"name": person.name, "status": person.status}
+
+
+def _log(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    from .server.roster import Roster
+
+    home, _ = _opened(options)
+    with Roster.open(home.roster) as roster:
+        notes = roster.notes()[-options.last :]
+    screen = Console()
+    for note in notes:
+        text = f"{_day(note.time)}  {note.kind:<10} {note.name:<20} {note.text}"
+        screen.print(text, markup=False, highlight=False, soft_wrap=True)
+    return [{"kind": note.kind, "name": note.name, "text": note.text} for note in notes]
+
+
+def _pause(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    home, _ = _opened(options)
+    Disk().write(home.paused, b"")
+    Console().print("paused: the round that is open is finished, and no other begins")
+    return {"paused": True}
+
+
+def _resume(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    home, _ = _opened(options)
+    if home.paused.exists():
+        Disk().delete(home.paused)
+    Console().print("resumed")
+    return {"paused": False}
+
+
+def _backup(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from .server.coordinator_backup import backup
+
+    home, _ = _opened(options)
+    backup(home.folder, options.file)
+    Console().print(f"{options.file}: keep it as you would a password", soft_wrap=True)
+    return {"file": str(options.file)}
+
+
+def _restore(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from .server.coordinator_backup import restore
+
+    restore(options.file, options.folder)
+    Console().print(f"{options.folder}: `meadow coordinator` goes on with it", soft_wrap=True)
+    return {"folder": str(options.folder)}
+
+
+def _opened(options: argparse.Namespace) -> tuple[Any, Config]:
+    from .server.coordinator_home import CoordinatorHome
+
+    home = CoordinatorHome(options.folder.resolve())
+    return home, home.config()
+
+
+def _day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) if seconds else ""
+
+
+@contextmanager
+def stoppable() -> Iterator[list[int]]:
+    """A list that is no longer empty once the user or the system asks to stop."""
+    stopped: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        stopped.append(number)
+
+    before = [(number, signal.signal(number, note)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield stopped
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def with_start(arguments: Sequence[str]) -> list[str]:
+    """`meadow coordinator run.toml` is `meadow coordinator start run.toml`."""
+    given = list(arguments)
+    if given[:1] == ["coordinator"] and len(given) > 1 and given[1].endswith(".toml"):
+        given.insert(1, START)
+    return given

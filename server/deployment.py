@@ -1,0 +1,216 @@
+"""The server app's job in a deployed run: rounds over Flower's grid, from wherever the journal is.
+
+Whatever ends this process, the next one goes on: the journal holds every contribution, and the
+participants' outboxes hold what had not arrived.  A round that finds no quorum is not the end of a
+run: it waits, and asks whoever can be asked then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ..config import Config
+from ..errors import QuorumError
+from ..events import Event, Observer
+from ..identity import own_identity
+from ..journal import Journal
+from ..peft_adapters.blueprint import Blueprint, open_blueprint
+from ..peft_adapters.manifest import write_manifest
+from ..store import Disk
+from ..strategies.base import Strategy
+from ..strategies.registry import make
+from ..strategies.transforms import make_transforms
+from .app import GridPeers, Nodes
+from .coordinator import Coordinator, Peers
+from .coordinator_home import CoordinatorHome, run_identity
+from .roster import Roster
+from .run_folder import provenance, traces
+
+POLL_SECONDS = 0.2
+_APPROVED = "approved"
+_READ = "inbox"  # the journal's key for the last note that was acted upon
+
+PeersOf = Callable[[Nodes, Callable[[str], None]], GridPeers]
+
+
+def serve(folder: Path, peers_of: PeersOf, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Work on the run in a coordinator's folder until it is finished."""
+    home, disk = CoordinatorHome(folder), Disk()
+    config = home.config()
+    torch.set_num_threads(config.simulation.threads or torch.get_num_threads())
+    blueprint = open_blueprint(config.model)
+    with (
+        claimed(home, disk),
+        Journal.open(home.run, run_identity(config, blueprint), disk) as journal,
+        Roster.open(home.roster) as roster,
+        traces(journal, home.run, disk) as observer,
+    ):
+
+        def late(name: str) -> None:
+            opened = journal.current()
+            number = 0 if opened is None else opened.number
+            observer(Event("late", number, {"client": name}))
+
+        peers = peers_of(lambda: nodes_of(roster), late)
+        observer(Event("run_started", 0, {"run": journal.run_id}))
+        for notice in journal.notices:
+            observer(Event("notice", 0, {"text": notice}))
+        inbox = Inbox(roster, journal, observer)
+        run = DeployedRun(home, config, blueprint, journal, peers, inbox, observer, disk, sleep)
+        run.finish(run.rounds())
+
+
+class DeployedRun:
+    """A run's rounds, with waiting wherever a person or a network may need time."""
+
+    def __init__(
+        self,
+        home: CoordinatorHome,
+        config: Config,
+        blueprint: Blueprint,
+        journal: Journal,
+        peers: Peers,
+        inbox: Inbox,
+        observer: Observer,
+        disk: Disk,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.home, self.config, self.blueprint = home, config, blueprint
+        self.journal, self.peers, self.inbox, self.observer = journal, peers, inbox, observer
+        self.disk, self.sleep = disk, sleep
+        self.strategy = strategy_of(config, blueprint)
+
+    def rounds(self) -> Coordinator:
+        """All rounds that are left."""
+        self._wait_for(self.config.coordinator.least)
+        clients = self.config.clients
+        coordinator = Coordinator(
+            self.config,
+            self.strategy,
+            self.journal,
+            self.peers,
+            make_transforms(clients.clip_update, clients.wire),
+            self.observer,
+        )
+        while coordinator.rounds_done < self.config.rounds.count:
+            self._round(coordinator)
+        return coordinator
+
+    def finish(self, coordinator: Coordinator) -> None:
+        """Write the adapter, its manifest and, last, that the run is finished."""
+        config, journal, folder = self.config, self.journal, self.home.run
+        tree = self.strategy.export(coordinator.state)
+        self.blueprint.export(config, tree, folder / "adapter", journal.run_id, self.disk)
+        known = len(journal.get("joined") or {})
+        facts = provenance(config, self.blueprint.digest, known, self.strategy.personal, journal)
+        write_manifest(folder, own_identity(), facts, self.disk)
+        count = config.rounds.count
+        self.observer(Event("run_finished", count, {"adapter": str(folder / "adapter")}))
+        self.disk.write(self.home.finished, json.dumps({"rounds": count}).encode())
+
+    def _round(self, coordinator: Coordinator) -> None:
+        self._wait_while_paused()
+        self._wait_for(1)
+        self.inbox.read()
+        number = coordinator.rounds_done + 1
+        try:
+            coordinator.round(number)
+        except QuorumError as error:
+            pause = self.config.coordinator.retry_seconds
+            self._notice(number, f"{error}; again in {pause:g} s")
+            self.sleep(pause)
+            self._wait_for(1)
+            self.inbox.read()
+            coordinator.recast()
+
+    def _wait_for(self, least: int) -> None:
+        """Until so many participants are online."""
+        told = -1
+        while (online := len(self.peers.names())) < least:
+            if online != told:
+                self._notice(0, f"{online} of {least} participants are online")
+                told = online
+            self.sleep(POLL_SECONDS)
+
+    def _wait_while_paused(self) -> None:
+        if self.home.paused.exists():
+            self._notice(0, "paused")
+            while self.home.paused.exists():
+                self.sleep(POLL_SECONDS)
+            self._notice(0, "resumed")
+
+    def _notice(self, number: int, text: str) -> None:
+        self.observer(Event("notice", number, {"text": text}))
+
+
+class Inbox:
+    """What participants have written to the coordinator, acted upon between rounds."""
+
+    def __init__(self, roster: Roster, journal: Journal, observer: Observer) -> None:
+        self._roster, self._journal, self._observer = roster, journal, observer
+
+    def read(self) -> None:
+        """Act on what is new.  A crash in between repeats what changes nothing a second time."""
+        last = int(self._journal.get(_READ) or 0)
+        for note in self._roster.notes(last):
+            if note.kind == "withdraw":
+                self._withdraw(note.name)
+            elif note.kind == "refusal":
+                self._tell(f"{note.name} refused: {note.text}")
+            last = note.id
+        self._journal.note(_READ, last)
+
+    def _withdraw(self, name: str) -> None:
+        """Forget a participant's contributions, and ask it no more."""
+        rounds = self._journal.retract(name, "withdrawn by the participant")
+        person = self._roster.by_name(name)
+        if person is not None and person.status != "revoked":
+            self._roster.revoke(name)
+        self._journal.note("withdrawn", sorted({*(self._journal.get("withdrawn") or []), name}))
+        told = ", ".join(map(str, rounds)) or "none"
+        self._tell(f"{name} withdrew; its contributions are deleted (rounds: {told})")
+
+    def _tell(self, text: str) -> None:
+        self._observer(Event("notice", 0, {"text": text}))
+
+
+def strategy_of(config: Config, blueprint: Blueprint) -> Strategy:
+    return make(
+        config.strategy.name,
+        config.strategy.options,
+        blueprint.layers,
+        config.model.rank,
+        config.scaling,
+        blueprint.digest,
+    )
+
+
+def nodes_of(roster: Roster) -> dict[str, int]:
+    """Flower's node of every participant that may be asked."""
+    return {
+        person.name: person.node_id
+        for person in roster.participants()
+        if person.status == _APPROVED
+    }
+
+
+def alone(cohort: Sequence[str]) -> list[list[str]]:
+    """Participants on machines of their own: nobody computes together."""
+    return [[name] for name in cohort]
+
+
+@contextmanager
+def claimed(home: CoordinatorHome, disk: Disk) -> Iterator[None]:
+    """Say which process works on the run; whoever watches over it reads that."""
+    disk.write(home.server_app, str(os.getpid()).encode())
+    try:
+        yield
+    finally:
+        home.server_app.unlink(missing_ok=True)
