@@ -242,6 +242,7 @@ def test_while_the_gateway_is_away_the_supernode_is_told_to_ask_again(tmp_path: 
     with site(tmp_path / "coordinator") as place:
         anna = place.participant("anna")
         with local(place, anna, home(tmp_path / "home", anna)) as machine:
+            assert machine.ask().status_code == 200
             place.stop()
             for path in (RUN, HEARTBEAT):
                 answer = machine.ask(path)

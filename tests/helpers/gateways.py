@@ -59,11 +59,20 @@ def background() -> Iterator[Callable[[Coroutine[Any, Any, T]], T]]:
 
     try:
         yield run
-        run(loop.shutdown_default_executor())
+        run(_end())
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+async def _end() -> None:
+    """What asyncio.run does before it closes a loop."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_default_executor()
 
 
 @dataclass

@@ -73,7 +73,7 @@ def test_init_writes_the_defaults_and_never_overwrites(
         ('[strategy]\nname = "fedavg"', "did you mean 'fedavg_lora'?"),
         ('[strategy]\nrefin = "none"', "did you mean 'refine'?"),
         ('[strategy]\nrefine = "none"\nranks = { ada = 2 }', "mixed ranks need refine"),
-        ("[model]\nrank = 100000", "cannot be exported"),
+        ("[model]\nrank = 100000", "is more than layer"),
         ('[strategy]\nrefine = "product_svd"\nranks = { zoe = 2 }', "who is no participant"),
         ('[strategy]\nname = "pool_lora"\nzeroth = ["zoe"]', "who is no participant"),
         ('[strategy]\nname = "flora"\nwidth = 200', "cannot be exported"),
