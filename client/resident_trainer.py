@@ -100,7 +100,8 @@ class ResidentTrainer(Closeable):
         except BaseException:
             self._held.close()
             raise
-        self._place = Workplace(folder, self._name, self._terms, disk, self._progress)
+        place = Workplace(folder, self._name, self._terms, disk, self._progress)
+        self._place = self._held.enter_context(place)
         self._dry = DryOutbox(folder / OUTBOX, self._name, self._terms.run, disk)
         self._stop = threading.Event()
         self._work, self._waiting = threading.Lock(), threading.BoundedSemaphore(_MOST_WAITING)

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..closeable import Closeable
 from ..config import Config
 from ..errors import FormatError, MeadowError
+from ..identity import default_path
 from ..peft_adapters.blueprint import check_shape
 from ..store import Disk
 from ..strategies.base import Answer, Request, Strategy
 from ..strategies.registry import make
 from ..strategies.transforms import make_transforms
 from .data import silo_of
+from .gpu_lock import gpu_claimed
 from .home import OUTBOX
 from .member import Member
 from .outbox import Outbox
@@ -52,7 +56,7 @@ class Loaded:
 
 
 @dataclass
-class Workplace:
+class Workplace(Closeable):
     """One participant's part in one run.  One thread at a time may use it."""
 
     folder: Path
@@ -67,10 +71,15 @@ class Workplace:
     _bench: Workbench | None = None
     _trainer: Trainer | None = None
     _base_fault: MeadowError | None = None
+    _held: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
         run, chunk = self.terms.run, self.terms.config.data.chunk
         self._text = ParticipantText(self.folder, run, chunk, self.disk)
+
+    def close(self) -> None:
+        """Let others use the GPU."""
+        self._held.close()
 
     @property
     def config(self) -> Config:
@@ -127,6 +136,7 @@ class Workplace:
 
     def _load_base(self, policy: Policy) -> Workbench:
         config = self.config.replace(model={"base": policy.base}) if policy.base else self.config
+        self._held.enter_context(gpu_claimed(config.model.device, default_path().parent))
         bench = open_workbench(config)
         if bench.base.digest != self.terms.base_digest:
             raise FormatError(
