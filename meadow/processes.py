@@ -262,7 +262,7 @@ def _end_leftovers(record: Path) -> None:
 def _is_ours(group: int) -> bool:
     """Whether some process of a group is one that a supervisor starts: numbers are used again."""
     found = subprocess.run(
-        ["ps", "-A", "-o", "pgid=,args="], capture_output=True, text=True, check=False
+        ["ps", "-A", "-ww", "-o", "pgid=,args="], capture_output=True, text=True, check=False
     )
     for line in found.stdout.splitlines():
         number, _, command = line.strip().partition(" ")

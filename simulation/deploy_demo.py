@@ -241,7 +241,7 @@ def _stopped(stage: Stage) -> Iterator[list[Process]]:
 
 def processes_in(folder: Path) -> list[str]:
     """Commands of running processes that name something in a folder, but for those above us."""
-    command = ["ps", "-A", "-o", "pid=,ppid=,args="]
+    command = ["ps", "-A", "-ww", "-o", "pid=,ppid=,args="]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     rows = [line.split(maxsplit=2) for line in found.stdout.splitlines()]
     parents = {int(row[0]): int(row[1]) for row in rows}
