@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +25,7 @@ from meadow.client.membership import Membership
 from meadow.errors import GatewayError
 from meadow.fleet_routes import FLEET, FLEET_ROUTES, PUBLIC_KEY
 from meadow.identity import Identity
-from meadow.server import gateway_superlink
+from meadow.server import gateway, gateway_superlink
 
 
 @pytest.fixture(scope="module")
@@ -343,3 +346,44 @@ def test_a_renewed_server_certificate_is_taken_up(tmp_path: Path) -> None:
 
 async def _refreshed(place: Site) -> None:
     place.gateway.refresh()
+
+
+def test_it_ends_soon_when_it_is_asked_to(tmp_path: Path) -> None:
+    """As a process, while a participant waits for messages."""
+    with site(tmp_path) as place:
+        anna = place.participant("anna")
+        place.stop()
+        command = [sys.executable, "-m", "meadow.server.gateway", "--folder", str(tmp_path)]
+        command += ["--listen", place.address, "--superlink", f"127.0.0.1:{place.superlink.port}"]
+        command += ["--superlink-authority", str(tmp_path / "authority.pem")]
+        ready = tmp_path / "ready"
+        command += ["--ready", str(ready)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            while not ready.exists() and process.poll() is None:
+                time.sleep(0.02)
+            assert ready.read_text() == str(place.gateway.port)
+            with anna.client() as client:
+                before = len(place.superlink.seen)
+                answers: list[int] = []
+                waiting = threading.Thread(
+                    target=lambda: answers.append(anna.ask(client, PULL).status)
+                )
+                waiting.start()
+                while len(place.superlink.seen) == before:
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGTERM)
+                _, said = process.communicate(timeout=20)
+                waiting.join()
+        assert process.returncode == 0 and answers == [200], said
+        assert "Traceback" not in said
+
+
+def test_an_address_that_is_taken_is_named(
+    place: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = ["--folder", str(tmp_path), "--listen", place.address]
+    arguments += ["--superlink", "127.0.0.1:1", "--ready", str(tmp_path / "ready")]
+    authority = str(place.folder / "authority.pem")
+    with pytest.raises(SystemExit) as caught:
+        gateway.main([*arguments, "--superlink-authority", authority])
+    assert caught.value.code == 2 and f"cannot listen at {place.address}" in caplog.text
