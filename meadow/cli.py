@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, cli_client, cli_coordinator, cli_peer
+from . import __version__, cli_adapters, cli_client, cli_coordinator, cli_peer
 from .config import Config, load, options_of, write
 from .display import Display, bytes_text, seconds_text
 from .errors import ConfigError, MeadowError, StorageError
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        console.print("meadow: stopped; demo and simulate continue where they were", soft_wrap=True)
+        console.print("meadow: stopped; the same command goes on", soft_wrap=True)
         return 130
     return 0
 
@@ -112,13 +112,16 @@ def _add_tools(commands: Any) -> None:
     client = commands.add_parser("client", help="the participant's side of a deployed run")
     cli_client.add_commands(client.add_subparsers(required=True, metavar="COMMAND"), _command)
 
+    adapters = commands.add_parser("adapters", help="the registry of signed adapters")
+    cli_adapters.add_commands(adapters.add_subparsers(required=True, metavar="COMMAND"), _command)
+
     peer = commands.add_parser("peer", help="a run without a coordinator")
     cli_peer.add_commands(
         peer.add_subparsers(required=True, metavar="COMMAND"), _command, _positive
     )
 
     bench = _command(commands, "bench", _bench, "measure, and write a table")
-    bench.add_argument("name", choices=["strategies", "refine", "zo", "zo-learning"])
+    bench.add_argument("name", choices=["strategies", "refine", "zo", "zo-learning", "deploy"])
     bench.add_argument("--out", type=Path, default=Path("bench"), help="folder for the tables")
     bench.add_argument(
         "--model", default="", help="base model (default: stories260K of MEADOW_MODELS)"
@@ -416,9 +419,10 @@ def _pool(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from .simulation import bench, zo_bench
+    from .simulation import bench, deploy_bench, zo_bench
 
-    measure = zo_bench.run if options.name in zo_bench.NAMES else bench.run
+    own = dict.fromkeys(zo_bench.NAMES, zo_bench.run)
+    measure = deploy_bench.run if options.name == "deploy" else own.get(options.name, bench.run)
     seeds = options.seeds or (5 if options.name == "zo-learning" else 3)
     with Display(console) as display:
         report, text = measure(

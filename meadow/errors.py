@@ -16,6 +16,9 @@
     ├── StorageError         the disk is full or not writable
     ├── PeerError            a peer that cannot be reached, or that refuses
     ├── GatewayError         the coordinator's gateway cannot be reached, or refuses
+    ├── RegistryError        a version, alias or signer that does not allow what is asked
+    │   ├── UnknownAdapterError   no such adapter, version or alias
+    │   └── PromotionError   a gate refuses a version; `reasons` say why
     ├── PolicyError          a request that a participant's policy does not allow
     └── TrainerError         the resident trainer does not run, or refuses
 
@@ -24,6 +27,8 @@ its traceback.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class MeadowError(Exception):
@@ -109,6 +114,22 @@ class GatewayError(MeadowError):
         """`status` is HTTP's; 0 where there was no answer."""
         super().__init__(message, hint)
         self.status = status
+
+
+class RegistryError(MeadowError):
+    """A name, version or signer of the registry that does not allow what is asked of it."""
+
+
+class UnknownAdapterError(RegistryError):
+    """No such adapter, version or alias in the registry."""
+
+
+class PromotionError(RegistryError):
+    """A gate refuses that an alias moves to a version."""
+
+    def __init__(self, message: str, reasons: Sequence[str], hint: str = "") -> None:
+        super().__init__(f"{message}: {'; '.join(reasons)}", hint)
+        self.reasons = tuple(reasons)
 
 
 class PolicyError(MeadowError):

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ PREDICATE = "meadow:federated-adapter/v1"
 
 Statement = dict[str, Any]  # JSON
 
-_LARGEST = 2**20  # bytes of a manifest
+LARGEST = 2**20  # bytes of a manifest
 _BLOCK = 2**20
 
 
@@ -45,12 +46,15 @@ class Provenance:
     base_digest: str  # of the base's stored tensors, before any quantisation
     config_digest: str  # of all settings
     strategy: str
-    rounds: int
+    rounds: int  # that it has been trained for
     participants: int  # counted, not named
     seed: int
     base_loss: float | None = None  # mean over all participants' held-out response tokens
     loss: float | None = None  # the same, after the last round
-    parents: tuple[str, ...] = ()  # digests of the manifests that this run started from
+    parents: tuple[str, ...] = ()  # `SignedAdapter.id` of the adapters that this run started from
+    evaluations: Mapping[str, float] = field(default_factory=dict)  # mean loss by a test's name
+    privacy: str = "none"  # what was spent; "none": no differential privacy is claimed
+    name: str = ""  # under which it may be published; "" for any
 
 
 def write_manifest(
@@ -83,24 +87,83 @@ def verify_manifest(folder: Path, trusted: Mapping[str, Ed25519PublicKey]) -> St
     Raises IdentityError for a signature that is foreign or does not hold, FormatError for another
     format, AdapterError, naming the file, for one that was changed, added or removed.
     """
-    payload = verify(_envelope(folder / MANIFEST), trusted, payload_type=PAYLOAD)
-    statement = _statement(payload, folder / MANIFEST)
-    signed = _subject(statement, folder / MANIFEST)
+    manifest = open_manifest(_read(folder / MANIFEST), trusted, folder / MANIFEST)
+    signed = manifest.subject
     found = _digests(folder / ADAPTER)
     for name in sorted(signed.keys() | found.keys()):
         if signed.get(name) != found.get(name):
             fault = "is missing" if name not in found else "is not signed"
             fault = "was changed" if name in found and name in signed else fault
             raise AdapterError(f"{folder / ADAPTER / name} {fault}", "get this adapter again")
-    return statement
+    return manifest.statement
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest on which a trusted key's signature holds."""
+
+    statement: Statement
+    subject: Mapping[str, str]  # SHA-256 of each file, by its name
+    signers: tuple[str, ...]  # ids of the trusted keys that signed it
+
+
+def open_manifest(
+    data: bytes, trusted: Mapping[str, Ed25519PublicKey], path: Path | str
+) -> Manifest:
+    """A manifest from its bytes, read from `path`.  Raises IdentityError or FormatError."""
+    if len(data) > LARGEST:
+        raise FormatError(f"{path} is larger than {LARGEST} bytes")
+    envelope = _json(data, path)
+    statement = _statement(verify(envelope, trusted, payload_type=PAYLOAD), path)
+    signed = {entry["keyid"] for entry in envelope["signatures"]}
+    return Manifest(statement, _subject(statement, path), tuple(sorted(signed & trusted.keys())))
+
+
+def provenance_of(manifest: Manifest, path: Path | str) -> Provenance:
+    """What a manifest states, as the types that it should have.  Raises FormatError.
+
+    What this meadow does not know is left aside; what an older one did not state has its default.
+    """
+    stated = manifest.statement["predicate"]
+    values: dict[str, Any] = {}
+    for part in fields(Provenance):
+        required = part.default is MISSING and part.default_factory is MISSING
+        if part.name not in stated and not required:
+            continue
+        value = stated.get(part.name)
+        if not _HAS_TYPE[str(part.type)](value):
+            raise FormatError(f"{path} states no usable {part.name}", "get this adapter again")
+        values[part.name] = tuple(value) if isinstance(value, list) else value
+    return Provenance(**values)
+
+
+def _is_number(value: Any) -> bool:
+    """A finite number; JSON readers take NaN for one as well."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and -sys.float_info.max <= value <= sys.float_info.max
+
+
+_HAS_TYPE: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "int": lambda value: type(value) is int,
+    "float | None": lambda value: value is None or _is_number(value),
+    "tuple[str, ...]": lambda value: (
+        isinstance(value, list) and all(isinstance(item, str) for item in value)
+    ),
+    "Mapping[str, float]": lambda value: (
+        isinstance(value, dict) and all(map(_is_number, value.values()))
+    ),
+}
 
 
 def _predicate(provenance: Provenance) -> dict[str, Any]:
-    fields = asdict(provenance)
-    for name, value in fields.items():
+    values = asdict(provenance)
+    for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
-            fields[name] = None  # JSON has no such number
-    return {"format": FORMAT, "meadow": __version__, **fields}
+            values[name] = None  # JSON has no such number
+    tests = provenance.evaluations.items()
+    values["evaluations"] = {name: loss for name, loss in tests if math.isfinite(loss)}
+    return {"format": FORMAT, "meadow": __version__, **values}
 
 
 def _digests(adapter: Path) -> dict[str, str]:
@@ -125,24 +188,22 @@ def _digest(path: Path) -> str:
     return total.hexdigest()
 
 
-def _envelope(path: Path) -> object:
+def _read(path: Path) -> bytes:
+    """What is more than the largest manifest is not read to its end."""
     if not path.is_file():
         raise AdapterError(f"{path} is missing", "this adapter is not signed")
     with explained(path), path.open("rb") as file:
-        data = file.read(_LARGEST + 1)
-    if len(data) > _LARGEST:
-        raise FormatError(f"{path} is larger than {_LARGEST} bytes")
-    return _json(data, path)
+        return file.read(LARGEST + 1)
 
 
-def _json(data: bytes, path: Path) -> Any:
+def _json(data: bytes, path: Path | str) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} does not hold readable JSON") from error
 
 
-def _statement(payload: bytes, path: Path) -> Statement:
+def _statement(payload: bytes, path: Path | str) -> Statement:
     statement = _json(payload, path)
     match statement:
         case {
@@ -159,7 +220,7 @@ def _statement(payload: bytes, path: Path) -> Statement:
     raise FormatError(f"{path} is signed, but states nothing about an adapter")
 
 
-def _subject(statement: Statement, path: Path) -> dict[str, str]:
+def _subject(statement: Statement, path: Path | str) -> dict[str, str]:
     """Digests by file name, as the statement gives them."""
     signed: dict[str, str] = {}
     entries = statement.get("subject")

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -36,7 +37,8 @@ SERVABLE_RANKS = (8, 16, 32, 64, 128)
 LARGEST_RANK = 512  # that is read
 
 _KEY = re.compile(r"base_model\.model\.(?P<name>[\w.-]+\.lora_[AB])\.weight")
-_LARGEST_JSON = 16 * 2**20  # bytes; a config or header of a thousand layers has far less
+LARGEST_JSON = 16 * 2**20  # bytes; a config or header of a thousand layers has far less
+_MOST_DIMENSIONS = 8  # of a tensor that is looked at; a longer shape's product may never end
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _WRITTEN = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -72,9 +74,21 @@ class Adapter:
     base: str  # base_model_name_or_path; empty if the folder names none
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What an adapter's config and header say, before any tensor is read."""
+
+    shapes: Mapping[str, tuple[int, ...]]  # by the tree's names
+    dtypes: tuple[str, ...]  # safetensors' names of those that occur, sorted
+    scaling: float
+    rank: int
+    base: str  # base_model_name_or_path; empty if the config names none
+
+
 class _Entry(NamedTuple):
     """One tensor of a safetensors header."""
 
+    dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
@@ -118,16 +132,55 @@ def load_adapter(
     rsLoRA's scaling alpha / sqrt(r) is understood.  Raises AdapterError, in one line, for anything
     that is not such an adapter, is not finite, or is larger than `largest_rank`.
     """
-    config = _read_config(folder)
+    outline = _outline(folder, _read_config(folder), _read_header(folder), largest_rank)
+    if sites is not None:
+        check_fits(outline, sites, folder)
+    tree = _read_tensors(folder)
+    return Adapter(tree, outline.scaling, outline.rank, outline.base)
+
+
+def read_outline(
+    folder: Path, config: bytes, weights: bytes, *, largest_rank: int = LARGEST_RANK
+) -> Outline:
+    """As `load_adapter`, of the two files' bytes and without looking at a tensor.
+
+    `folder` is where they come from, for messages.  Raises AdapterError.
+    """
+    return _outline(
+        folder,
+        _parse_config(config, folder / CONFIG),
+        _parse_header(weights, len(weights), folder / WEIGHTS),
+        largest_rank,
+    )
+
+
+def check_fits(outline: Outline, sites: Iterable[Site], folder: Path) -> None:
+    """Raise AdapterError unless every adapted module is one of `sites`, with its shape."""
+    _check_sites(outline.shapes, {site.name: site for site in sites}, folder)
+
+
+def read_tensors(folder: Path, weights: bytes) -> Tree:
+    """The finite tensors (float32) of weights whose header `read_outline` has found sound.
+
+    Raises AdapterError.
+    """
+    try:
+        tensors = load_bytes(weights)
+    except SafetensorError as error:
+        raise _unreadable(folder, error) from error
+    return _tree_of(tensors, folder)
+
+
+def _outline(
+    folder: Path, config: dict[str, Any], header: dict[str, _Entry], largest_rank: int
+) -> Outline:
     for problem in _unsupported(config):
         raise AdapterError(f"{folder / CONFIG}: {problem}", "meadow reads plain LoRA adapters only")
     rank = _rank(config, folder, largest_rank)
     scaling = _scaling(config, rank, folder)
-    shapes = _read_shapes(folder, rank)
-    if sites is not None:
-        _check_sites(shapes, {site.name: site for site in sites}, folder)
-    tree = _read_tensors(folder)
-    return Adapter(tree, scaling, rank, config.get("base_model_name_or_path") or "")
+    shapes = _shapes(header, folder, rank)
+    dtypes = tuple(sorted({entry.dtype for entry in header.values()}))
+    return Outline(shapes, dtypes, scaling, rank, config.get("base_model_name_or_path") or "")
 
 
 def check_servable(folder: Path) -> list[str]:
@@ -141,7 +194,7 @@ def check_servable(folder: Path) -> list[str]:
         problems = _unsupported(config) + _unservable(config)
         rank = _rank(config, folder, LARGEST_RANK)
         _scaling(config, rank, folder)
-        _read_shapes(folder, rank)
+        _shapes(_read_header(folder), folder, rank)
     except AdapterError as error:
         problems.append(str(error))
     return problems
@@ -260,9 +313,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise AdapterError(f"{folder} has no {CONFIG}", "it is not a complete PEFT adapter")
-    if path.stat().st_size > _LARGEST_JSON:
-        raise AdapterError(f"{path} is larger than {_LARGEST_JSON} bytes")
-    config = _json_object(path.read_bytes(), path)
+    if path.stat().st_size > LARGEST_JSON:
+        raise AdapterError(f"{path} is larger than {LARGEST_JSON} bytes")
+    return _parse_config(path.read_bytes(), path)
+
+
+def _parse_config(data: bytes, path: Path) -> dict[str, Any]:
+    config = _json_object(data, path)
     if config.get("peft_type") != "LORA":
         raise AdapterError(
             f"{path}: peft_type is {_quote(config.get('peft_type'))}, expected 'LORA'"
@@ -281,12 +338,20 @@ def _quote(text: object) -> str:
 
 def _json_object(data: bytes, path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(data)
+        value = json.loads(data, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} does not hold readable JSON") from error
     if not isinstance(value, dict):
         raise AdapterError(f"{path} does not hold a JSON object")
     return value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that is there twice, two readers could each take another value."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is repeated")
+    return found
 
 
 def _unsupported(config: Mapping[str, Any]) -> list[str]:
@@ -314,9 +379,8 @@ def _scaling(config: Mapping[str, Any], rank: int, folder: Path) -> float:
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
-def _read_shapes(folder: Path, rank: int) -> dict[str, tuple[int, ...]]:
+def _shapes(header: dict[str, _Entry], folder: Path, rank: int) -> dict[str, tuple[int, ...]]:
     """Shapes by the tree's names, from the header: complete, of one rank, no larger than layers."""
-    header = _read_header(folder)
     shapes = {_tree_name(key, folder): entry.shape for key, entry in header.items()}
     if not shapes:
         raise AdapterError(f"{folder / WEIGHTS} holds no tensors")
@@ -330,14 +394,28 @@ def _read_shapes(folder: Path, rank: int) -> dict[str, tuple[int, ...]]:
 
 
 def _read_header(folder: Path) -> dict[str, _Entry]:
-    """Names, shapes and places of all tensors; every size is consistent with the file's."""
     path = _weights(folder)
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _LARGEST_JSON):
-            raise AdapterError(f"{path} is no safetensors file: its header has no valid length")
-        header = _json_object(file.read(length), path)
+        start = file.read(8)
+        return _parse_header(start + file.read(_header_length(start, size, path)), size, path)
+
+
+def _header_length(start: bytes, size: int, path: Path) -> int:
+    """The length of a header, from the first bytes of a file of `size` bytes."""
+    length = int.from_bytes(start[:8], "little")
+    if size < 8 or length > min(size - 8, LARGEST_JSON):
+        raise AdapterError(f"{path} is no safetensors file: its header has no valid length")
+    return length
+
+
+def _parse_header(data: bytes, size: int, path: Path) -> dict[str, _Entry]:
+    """Names, types, shapes and places of all tensors; every size is consistent with the file's.
+
+    `data` is the file's beginning, and of no consequence after the header.
+    """
+    length = _header_length(data, size, path)
+    header = _json_object(data[8 : 8 + length], path)
     header.pop("__metadata__", None)
     entries = {name: _entry(name, value, path) for name, value in header.items()}
     position = 0
@@ -364,13 +442,15 @@ def _weights(folder: Path) -> Path:
 def _entry(name: str, value: Any, path: Path) -> _Entry:
     match value:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
-            sizes = all(type(size) is int and size >= 0 for size in shape)
+            sizes = len(shape) <= _MOST_DIMENSIONS and all(
+                type(size) is int and size >= 0 for size in shape
+            )
             if dtype not in _ITEM_BYTES:
                 raise AdapterError(
                     f"{path}: {_quote(name)} has type {_quote(dtype)}, expected F32, F16 or BF16"
                 )
             if sizes and 0 <= begin and end - begin == math.prod(shape) * _ITEM_BYTES[dtype]:
-                return _Entry(tuple(shape), begin, end)
+                return _Entry(dtype, tuple(shape), begin, end)
     raise AdapterError(f"{path}: the size of {_quote(name)} contradicts its shape")
 
 
@@ -437,7 +517,15 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(folder / WEIGHTS)
     except SafetensorError as error:
-        raise AdapterError(f"{folder / WEIGHTS} cannot be read: {_quote(str(error))}") from error
+        raise _unreadable(folder, error) from error
+    return _tree_of(tensors, folder)
+
+
+def _unreadable(folder: Path, error: SafetensorError) -> AdapterError:
+    return AdapterError(f"{folder / WEIGHTS} cannot be read: {_quote(str(error))}")
+
+
+def _tree_of(tensors: Mapping[str, Tensor], folder: Path) -> Tree:
     tree = {}
     for key, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):

@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 FREE = (
     "meadow/cli.py",
+    "meadow/cli_adapters.py",
     "meadow/cli_coordinator.py",
     "meadow/cli_client.py",
     "meadow/cli_peer.py",
@@ -30,6 +31,24 @@ FLOWER = {
     "simulation/grid.py": {"flwr.app", "flwr.clientapp", "flwr.serverapp"},
     "simulation/engine.py": {"flwr.app"},
     "simulation/flower_identity.py": {"flwr.supercore.task_identity"},
+    # benchmarks only: the baseline is a Flower app, and the load generator speaks Flower's protocol
+    "simulation/plain_flower_app.py": {
+        "flwr.app",
+        "flwr.clientapp",
+        "flwr.serverapp",
+        "flwr.serverapp.strategy",
+    },
+    "simulation/load_generator.py": {
+        "flwr.app",
+        "flwr.app.message",
+        "flwr.common.serde",
+        "flwr.proto.fleet_pb2",
+        "flwr.proto.heartbeat_pb2",
+        "flwr.proto.message_pb2",
+        "flwr.proto.node_pb2",
+        "flwr.supercore.inflatable.inflatable_object",
+        "flwr.supercore.inflatable.inflatable_utils",
+    },
 }
 PICKLES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 

@@ -34,6 +34,8 @@ PROVENANCE = Provenance(
     base_loss=2.5,
     loss=1.25,
     parents=("de" * 32,),
+    evaluations={"canary": 0.5},
+    name="team/mail",
 )
 ME = Identity(Ed25519PrivateKey.from_private_bytes(b"\1" * 32))
 STRANGER = Identity(Ed25519PrivateKey.from_private_bytes(b"\2" * 32))
@@ -81,6 +83,7 @@ def test_it_states_the_provenance_and_nothing_else(run: Path) -> None:
         "run_id": "5f" * 16, "base_digest": "ba" * 32, "config_digest": "c0" * 32,
         "strategy": "ffa_lora", "rounds": 3, "participants": 4, "seed": 7,
         "base_loss": 2.5, "loss": 1.25, "parents": ["de" * 32],
+        "evaluations": {"canary": 0.5}, "privacy": "none", "name": "team/mail",
     }  # fmt: skip
 
 

@@ -1,0 +1,53 @@
+"""Which contents of the registry are still needed, and what becomes of the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .registry_rows import Rows, Version
+
+DAY = 86400.0  # seconds
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What stays besides what is pinned, what aliases point to, and what these descend from."""
+
+    history: int = 5
+    """So many of each alias's last moves, and as many steps back."""
+    days: float = 7.0
+    """Versions that were published within so many."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a collection deleted, or would delete."""
+
+    versions: tuple[Version, ...]
+    bytes: int
+    """Of their adapters; a content of two names counts once."""
+    in_use: tuple[str, ...]
+    """Ids that stay only because a process has them open."""
+    leftovers: int
+    """Folders that no version names: of publications that were cut off."""
+
+
+def needed(rows: Rows, retention: Retention, now: float) -> set[str]:
+    """The ids of all contents that have to stay."""
+    ids = {version.id for version in rows.versions("published > ?", now - retention.days * DAY)}
+    ids |= rows.pins()
+    for alias in rows.aliases():
+        ids.add(alias.version.id)
+        place = alias.name, alias.alias
+        ids |= {entry.after for entry in rows.last_moves(*place, retention.history)}
+        ids |= {entry.after for entry in rows.chain(alias.revision, retention.history + 1)}
+    return _with_ancestors(ids, rows.parents())
+
+
+def _with_ancestors(ids: set[str], parents: dict[str, set[str]]) -> set[str]:
+    found, left = set(ids), list(ids)
+    while left:
+        new = parents.get(left.pop(), set()) - found
+        found |= new
+        left += new
+    return found
