@@ -17,6 +17,7 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from ..errors import MeadowError, StorageError, TrainerError
+from ..message_pieces import cut, joined
 from .trainer_link import EVALUATE, TRAIN, TrainerLink
 
 if TYPE_CHECKING:  # torch stays out of this process
@@ -66,14 +67,14 @@ def _app(answer: Answer) -> ClientApp:
 
 
 def _reply(message: Message, context: Context, verb: str, answer: Answer) -> Message:
-    payload = message.content.config_records.get("meadow", ConfigRecord()).get("payload")
     try:
-        data = answer(context, verb, payload if isinstance(payload, bytes) else b"")
+        data = answer(context, verb, joined(message.content.config_records) or b"")
     except StorageError:
         raise  # this machine's disk, not this client's work
     except MeadowError as error:
         return Message(Error(code=_REFUSED, reason=str(error)), reply_to=message)
-    return Message(RecordDict({"meadow": ConfigRecord({"payload": data})}), reply_to=message)
+    content = RecordDict({name: ConfigRecord({**piece}) for name, piece in cut(data).items()})
+    return Message(content, reply_to=message)
 
 
 app = _app(ask_trainer)

@@ -14,23 +14,33 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
+from ..message_pieces import cut, joined
 from .coordinator import Refusal
 
 VERBS = {"train": "train", "evaluate": "evaluate"}
 """meadow's closed list of verbs and the Flower message type that each travels in."""
+
+_LOST = frozenset({3, 4, 5, 8})
+"""Errors of Flower's own by which nobody refuses: a message, its answer, the SuperNode or its
+client process is gone (flwr.common.constant.ErrorCode)."""
+
+_GONE = "it does not take part any more"
 
 Nodes = Callable[[], Mapping[str, int]]
 """The participants that may be asked, by name, and the Flower node of each."""
 
 
 def wrap(payload: bytes) -> RecordDict:
-    return RecordDict({"meadow": ConfigRecord({"payload": payload})})
+    """A payload as a message's content, in pieces that every gateway takes."""
+    return RecordDict({name: ConfigRecord({**piece}) for name, piece in cut(payload).items()})
 
 
 class GridPeers:
     """Flower's nodes as `Peers`: one message and one reply in memory at a time.
 
-    Replies that come when nobody waits for them any more are pulled and dropped, by name.
+    What is lost on its way, because a process at either end was killed, is asked again once the
+    node is online: a participant answers with the same bytes.  Replies that come when nobody waits
+    for them any more are pulled and dropped, by name.
     """
 
     def __init__(
@@ -61,13 +71,32 @@ class GridPeers:
     ) -> Iterator[tuple[str, bytes | Refusal]]:
         deadline = time.monotonic() + deadline_seconds
         pending = self._push(verb, names, payload, deadline_seconds)
+        lost: set[str] = set()
         try:
-            while pending and time.monotonic() < deadline:
-                yield from self._pull(pending)
+            while (pending or lost) and (left := deadline - time.monotonic()) > 0:
+                yield from self._answers(pending, lost)
+                if back := sorted(lost.intersection(self.names() if lost else ())):
+                    lost.difference_update(back)
+                    pending |= self._push(verb, back, payload, left)
                 self._drop_late()
                 time.sleep(self._poll)
         finally:
             self._late |= pending
+
+    def _answers(
+        self, pending: dict[str, str], lost: set[str]
+    ) -> Iterator[tuple[str, bytes | Refusal]]:
+        """What has come; who has to be asked again is added to `lost`."""
+        nodes = self._nodes()
+        for name in sorted(lost.union(pending.values()).difference(nodes)):
+            lost.discard(name)
+            self._late |= {id: pending.pop(id) for id in list(pending) if pending[id] == name}
+            yield name, Refusal(_GONE)
+        for name, reply in self._pull(pending):
+            if isinstance(reply, _Lost):
+                lost.add(name)
+            else:
+                yield name, reply
 
     def _push(
         self,
@@ -96,15 +125,21 @@ class GridPeers:
                 yield pending.pop(message_id), _unwrap(reply)
 
     def _drop_late(self) -> None:
-        for name, _ in self._pull(self._late):
-            self._on_late(name)
+        for name, reply in self._pull(self._late):
+            if not isinstance(reply, _Lost):
+                self._on_late(name)
+
+
+class _Lost(Refusal):
+    """Flower's word for a message that nobody will answer."""
 
 
 def _unwrap(reply: Message) -> bytes | Refusal:
     if reply.has_error():
-        return Refusal(reply.error.reason)
-    payload = reply.content.config_records.get("meadow", ConfigRecord()).get("payload")
-    return payload if isinstance(payload, bytes) else Refusal("the reply carries no payload")
+        lost = reply.error.code in _LOST
+        return _Lost(reply.error.reason) if lost else Refusal(reply.error.reason)
+    payload = joined(reply.content.config_records)
+    return Refusal("the reply carries no payload") if payload is None else payload
 
 
 def build(

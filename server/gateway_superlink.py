@@ -8,6 +8,7 @@ learns of its work at once; Flower's SuperNode by itself would ask every three s
 from __future__ import annotations
 
 import asyncio
+import io
 import ssl
 import time
 from collections.abc import Callable, Mapping
@@ -87,7 +88,7 @@ class SuperLink:
         try:
             answer = await self._session.post(
                 URL(self._base + path, encoded=True),
-                data=body,
+                data=io.BytesIO(body) if len(body) > _PIECE else body,  # in pieces, not all at once
                 headers=_only(headers, REQUEST_HEADERS),
                 allow_redirects=False,
             )

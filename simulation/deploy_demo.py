@@ -54,6 +54,7 @@ class Process:
     arguments: Sequence[str]
     folder: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    module: str = "meadow.cli"
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -63,7 +64,7 @@ class Process:
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "meadow.cli", *self.arguments],
+                [sys.executable, "-m", self.module, *self.arguments],
                 cwd=self.folder,
                 env={**os.environ, **self.environment},
                 stdin=subprocess.DEVNULL,

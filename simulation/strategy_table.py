@@ -1,7 +1,6 @@
 """The table of algorithms, from the code: for `meadow strategies`, the README and the docs.
 
-Bytes are measured, not written down: a strategy packs its real messages at nano's shape, with
-random answers in the trainer's place.  Sizes depend on shapes alone.
+Bytes are measured, not written down: a strategy packs its real messages at nano's shape.
 """
 
 from __future__ import annotations
@@ -11,28 +10,14 @@ import inspect
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..client.task import drive
+from ..client.message_sizes import measured_bytes
 from ..nano import FOLDER
 from ..peft_adapters.layout import Site
-from ..strategies.base import (
-    Answer,
-    Loss,
-    Probe,
-    Probed,
-    Request,
-    State,
-    Strategy,
-    Trained,
-    Turn,
-)
-from ..strategies.messages import pack_update, turn_to_json
+from ..strategies.base import Strategy
 from ..strategies.registry import STRATEGIES, make
 
 RANK, CLIENTS, STEPS = 8, 8, 200
@@ -50,7 +35,8 @@ def rows() -> list[Row]:
 @cache
 def _row(kind: type[Strategy]) -> Row:
     rank = kind.customary_rank or RANK
-    up, down = measured_bytes(make(kind.name, {}, nano_sites(), rank))
+    strategy = make(kind.name, {}, nano_sites(), rank)
+    up, down = measured_bytes(strategy, CLIENTS, _ROUNDS, STEPS)
     return {
         "name": kind.name,
         "rank": rank,
@@ -116,7 +102,7 @@ def lines_of_code(source: str) -> int:
     )
 
 
-# --- bytes -------------------------------------------------------------------------------------
+# --- shapes -------------------------------------------------------------------------------------
 
 
 def nano_sites(folder: Path = FOLDER) -> tuple[Site, ...]:
@@ -143,37 +129,3 @@ def sites_of(shape: Mapping[str, Any]) -> tuple[Site, ...]:
         for name, sizes in layers.items()
     }
     return tuple(Site(name, *names[name]) for name in sorted(names))
-
-
-def measured_bytes(strategy: Strategy) -> tuple[list[int], list[int]]:
-    """(up, down): bytes that one client sends and receives in each of some rounds."""
-    state, memories = strategy.init(1), [State() for _ in range(CLIENTS)]
-    generator = torch.Generator().manual_seed(1)
-    up, down = [], []
-    for number in range(1, _ROUNDS + 1):
-        turn = Turn(number, _ROUNDS, 1, STEPS)
-        sent, reducer = strategy.broadcast(state, turn), strategy.reducer(turn)
-        for client, memory in enumerate(memories):
-            own = Turn(number, _ROUNDS, 1, STEPS, client=f"client-{client}")
-            work = strategy.work(sent, memory, own)
-            update, memories[client] = drive(work, lambda asked: _moved(asked, generator))
-            reducer.fold(replace(update, sender=own.client))
-        down.append(len(pack_update(sent, turn=turn_to_json(own))))
-        up.append(len(pack_update(update)))
-        state = strategy.step(state, reducer.total(), turn)
-    return up, down
-
-
-def _moved(request: Request, generator: torch.Generator) -> Answer:
-    """A training that moved every number somewhere, or losses that a direction changed."""
-    assert not isinstance(request, Loss)
-    if isinstance(request, Probe):
-        shape = (len(request.directions), 2)
-        losses = 1 + 1e-3 * torch.rand(shape, generator=generator, dtype=torch.float64)
-        return Probed(losses, examples=100, tokens=1000)
-    adapter = {
-        name: tensor + torch.randn(tensor.shape, generator=generator)
-        if name.endswith(request.train) else tensor
-        for name, tensor in request.adapter.items()
-    }  # fmt: skip
-    return Trained(adapter, {}, loss=1.0, examples=100, tokens=1000)

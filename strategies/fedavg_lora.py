@@ -10,7 +10,9 @@ a covariance.  `refine` says what to do about it:
     rotate       each client turns its factors towards the global ones before sending (FedRot-LoRA,
                  arXiv 2602.23638): products unchanged, a plain sum suffices
 
-Every round reports the relative error of naive averaging against the exact product.
+Every round reports the relative error of naive averaging against the exact product; where the
+exact product itself is not needed, it is estimated (product_sketch), in memory that does not grow
+with the number of clients.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from ..peft_adapters.layout import Tree, modules_of
 from .averaging import Averaging, under
 from .base import Reducer, State, Turn, Update, Work, option
 from .factor_sum import FactorSum
+from .product_sketch import SketchedMean
+from .product_sketch import naive_error as sketched_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,7 @@ class FedAvgLora(Averaging):
     refine: Literal["none", "product_svd", "rotate"] = option("none", "none, product_svd or rotate")
     rotation: float = option(0.5, "rotate: how far towards the global factors", 0, 1)
     ranks: dict[str, int] = option({}, "product_svd: smaller ranks of some participants, by name")
-    width: int = option(512, "columns of the streaming product before it is compressed", 1)
+    width: int = option(512, "product_svd: columns of the streaming product once compressed", 1)
 
     def check(self) -> None:
         if self.ranks and self.refine != "product_svd":
@@ -83,7 +87,9 @@ class FedAvgLora(Averaging):
         return update, after
 
     def reducer(self, turn: Turn) -> Reducer:
-        return FactorSum(self.width, means=not self.ranks)
+        if self.refine == "product_svd":
+            return FactorSum(self.width, means=not self.ranks)
+        return SketchedMean()
 
     def step(self, state: State, total: Update, turn: Turn) -> State:
         x = under("x", state.tensors)
@@ -95,7 +101,8 @@ class FedAvgLora(Averaging):
     def report(self, total: Update, turn: Turn) -> dict[str, float]:
         if self.ranks:
             return {}
-        return {"naive_error": naive_error(total)}
+        exact = self.refine == "product_svd"
+        return {"naive_error": naive_error(total) if exact else sketched_error(total)}
 
 
 def exact_factors(total: Update, previous: Tree, rank: int) -> Tree:
