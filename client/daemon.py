@@ -14,10 +14,10 @@ from pathlib import Path
 
 from ..errors import FlowerError
 from ..events import Event, Observer
-from ..flower_commands import build_bundle, bundle_digest, environment, program
+from ..flower_commands import bundle_digest, bundle_in, environment, program
 from ..processes import Program, Supervisor, free_port
-from ..store import Disk, explained
-from .home import FLOWER_KEY, FORWARDER_AUTHORITY, PAUSED, SOCKET, TERMS
+from ..store import Disk, explained, locked
+from .home import FLOWER_KEY, FORWARDER_AUTHORITY, LOCK, PAUSED, SOCKET, TERMS
 from .terms import Terms
 
 FORWARDER, TRAINER, SUPERNODE = "forwarder", "trainer", "supernode"
@@ -29,29 +29,27 @@ class ClientDaemon:
     def __init__(self, folder: Path, observer: Observer) -> None:
         """`folder` is the participant's, as `meadow client join` made it.
 
-        Raises ConfigError where it did not, FlowerError where this machine's bundle of entry points
-        is another than the approved one.
+        Raises ConfigError where nothing was agreed to in it, FlowerError where this machine's
+        bundle of entry points is another than the approved one.
         """
         self.folder, self.observer = folder, observer
         self._disk = Disk()
         self._flower = folder / "flower"
-        self._disk.folder(self._flower)
-        self.terms = Terms.load(folder / TERMS)
-        self.bundle = own_bundle(self._flower, self._disk)
-        check_bundle(self.bundle, self.terms)
-        self._forwarder_ready, self._trainer_ready = (
-            folder / "forwarder.port",
-            folder / "trainer.pid",
-        )
+        self.bundle = own_bundle(folder, Terms.load(folder / TERMS), self._disk)
+        self._forwarder_ready = folder / "forwarder.port"
+        self._trainer_ready = folder / "trainer.pid"
         self._runtime_port = free_port()
         if not (self._flower / "secret").exists():
             self._disk.write(self._flower / "secret", secrets.token_bytes(32), 0o600)
 
     def run(self, stop: Callable[[], bool]) -> None:
-        """Until `stop` says so."""
+        """Until `stop` says so.  Raises JournalError where another daemon works in the folder."""
         programs = [self._forwarder(), self._trainer(), self._supernode()]
         paused = None
-        with Supervisor(self.folder / "logs", programs, self.observer, self._disk) as supervisor:
+        with (
+            locked(self.folder / LOCK, "its daemon runs already: `meadow client status`"),
+            Supervisor(self.folder / "logs", programs, self.observer, self._disk) as supervisor,
+        ):
             while not stop():
                 before, paused = paused, (self.folder / PAUSED).exists()
                 if paused != before and (paused or before is not None):
@@ -86,19 +84,20 @@ class ClientDaemon:
         return Program(SUPERNODE, command, environment(self._flower / "home"))
 
 
-def own_bundle(folder: Path, disk: Disk) -> Path:
-    """The bundle that this machine's meadow builds; made once."""
-    target = folder / "bundle.fab"
-    return target if target.exists() else build_bundle(folder, disk)
+def own_bundle(folder: Path, terms: Terms, disk: Disk) -> Path:
+    """The bundle that this machine's meadow builds for the participant in `folder`.
 
-
-def check_bundle(bundle: Path, terms: Terms) -> None:
-    """Raise FlowerError unless the run's bundle is the one that this machine builds itself."""
+    Raises FlowerError unless it is the run's.
+    """
+    flower = folder / "flower"
+    disk.folder(flower)
+    bundle = bundle_in(flower, disk)
     if bundle_digest(bundle) != terms.bundle:
         raise FlowerError(
             "the coordinator's bundle is another than this machine builds, so it is refused",
             "install the coordinator's version of meadow and of flwr",
         )
+    return bundle
 
 
 def _toml(path: Path) -> str:

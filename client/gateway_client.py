@@ -208,7 +208,7 @@ class GatewayClient(Closeable):
             return answer
         raise GatewayError(
             f"the coordinator's gateway cannot be reached ({'; '.join(reasons)})",
-            "check network and addresses; it is tried again",
+            "check the network, and the addresses in membership.json",
         )
 
     def _at(self, address: str, method: str, path: str, body: bytes, headers: Headers) -> Answer:

@@ -18,6 +18,8 @@ OUTBOX = "outbox"
 TEXT = "text.json"
 SOCKET = "trainer.sock"
 PAUSED = "paused"
+LOCK = "daemon.lock"
+"""Held while the participant's daemon runs."""
 
 
 def require_private(folder: Path) -> None:

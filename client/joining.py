@@ -1,5 +1,5 @@
-"""Taking part in a run: what `meadow client join` makes on the participant's machine, and what it
-tells its user before anything is agreed to.
+"""Taking part in a run: what `meadow client join` makes on the participant's machine, and what
+`meadow client leave` takes away.
 """
 
 from __future__ import annotations
@@ -7,30 +7,29 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_private_key
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-    load_ssh_private_key,
-)
-
-from ..errors import ConfigError, FormatError, IdentityError, ModelError
-from ..identity import default_path
-from ..peft_adapters.blueprint import Blueprint, open_blueprint
-from ..store import Disk, explained
-from ..strategies.registry import make
-from .home import FLOWER_KEY, MEMBERSHIP, OUTGOING, POLICY, TERMS
+from ..errors import ConfigError, DataError, GatewayError, IdentityError
+from ..fingerprint import fingerprint
+from ..identity import Identity, default_path
+from ..invitation import Invitation
+from ..store import Disk, explained, locked
+from .gateway_client import Enrolment, GatewayClient
+from .home import LOCK, MEMBERSHIP, OUTGOING, POLICY, SOCKET, TERMS
 from .membership import Membership
-from .policy import Policy
+from .participant_text import is_missing
+from .policy import Policy, absolute_source
 from .terms import Terms
+from .trainer_link import target
 
-_OWNER_ONLY = 0o600
+ASK_SECONDS = 1.0
+"""How often the coordinator is asked whether its operator has approved."""
+
+
+# --- folders -------------------------------------------------------------------------------------
 
 
 def clients_folder() -> Path:
@@ -63,52 +62,109 @@ def only_membership() -> Path:
     return found[0]
 
 
+def require_folder(folder: Path, file: str = MEMBERSHIP) -> Path:
+    """The folder, if it is a participant's.  Raises ConfigError unless `file` is in it."""
+    if not (folder / file).exists():
+        raise ConfigError(f"{folder} is no participant's folder", _JOIN)
+    return folder
+
+
+_JOIN = "`meadow client join INVITATION --data DIR` makes one"
+
+
 def make_folder(folder: Path, disk: Disk) -> None:
-    """The participant's folder, which nobody else can enter."""
+    """The participant's folder, which nobody else can enter.  Raises ConfigError where its name is
+    too long for the trainer's socket."""
+    target(folder / SOCKET)
     disk.folder(folder)
     with explained(folder):
         folder.chmod(0o700)
 
 
-def flower_key(folder: Path, disk: Disk) -> str:
-    """The public key (PEM) that Flower knows this participant by; the pair is made once."""
-    file = folder / FLOWER_KEY
-    if not file.exists():
-        made = generate_private_key(SECP384R1())
-        text = made.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
-        disk.write(file, text, _OWNER_ONLY)
-    try:
-        with explained(file):
-            key = load_ssh_private_key(file.read_bytes(), password=None)
-    except ValueError as error:
-        raise IdentityError(f"{file} holds no readable key", "delete it and join anew") from error
-    return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+# --- enrolment -----------------------------------------------------------------------------------
 
 
-def local_base(terms: Terms, base: str) -> Blueprint:
-    """The base model on this machine, which has to be the run's.
+def begun(folder: Path, invitation: Invitation) -> Membership:
+    """The membership that an invitation begins, or goes on with.
 
-    Raises ModelError where there is none, FormatError where it is another.
+    Raises ConfigError where the folder is that of another enrolment.
     """
-    model = terms.config.model
-    name = base or model.base
-    try:
-        found = open_blueprint(terms.config.replace(model={"base": name}).model)
-    except ModelError as error:
-        raise ModelError(str(error), "name its folder on this machine with --base") from error
-    if found.digest != terms.base_digest:
-        raise FormatError(
-            f"the base model {name} is another than the run's", "name the right one with --base"
+    fresh = Membership.of(invitation)
+    if not (folder / MEMBERSHIP).exists():
+        return fresh
+    known = Membership.load(folder)
+    if known.token != fresh.token:
+        raise ConfigError(
+            f"{folder} is {known.name}'s already, by another invitation",
+            f"meadow client leave --folder {folder}, or join with another --folder",
         )
+    return dataclasses.replace(known, addresses=fresh.addresses)
+
+
+def enrol(
+    gateway: GatewayClient,
+    identity: Identity,
+    flower_key: str,
+    waiting: Callable[[], None],
+    sleep: Callable[[float], None] = time.sleep,
+) -> Enrolment:
+    """Enrol, and ask until the operator has approved; `waiting` is called once if that takes time.
+
+    Raises GatewayError where the gateway refuses, or cannot be reached at the beginning;
+    IdentityError where it has put down another key than ours.
+    """
+    found = gateway.enrol(flower_key)
+    if found.fingerprint != own_fingerprint(identity):
+        raise IdentityError(
+            "the coordinator has another key under this invitation than this machine's",
+            "tell the operator: somebody is between you",
+        )
+    if not found.certificate:
+        waiting()
+    while not found.certificate:
+        sleep(ASK_SECONDS)
+        found = _asked_again(gateway, flower_key) or found
     return found
 
 
+def own_fingerprint(identity: Identity) -> str:
+    """What the operator has to see as well; computed here, whatever the gateway says."""
+    return fingerprint(identity.public.public_bytes_raw())
+
+
+def _asked_again(gateway: GatewayClient, flower_key: str) -> Enrolment | None:
+    """Where the enrolment stands; None while the gateway is away."""
+    try:
+        return gateway.enrol(flower_key)
+    except GatewayError as error:
+        if error.status:
+            raise
+        return None
+
+
+# --- consent -------------------------------------------------------------------------------------
+
+
 def rules_of(folder: Path, data: Sequence[str], base: str) -> Policy:
-    """The participant's rules as they stand, with text and base model of this machine."""
+    """The participant's rules as they stand, with text and base model of this machine.
+
+    Raises DataError where there is no text.
+    """
     rules = Policy.load(folder / POLICY) if (folder / POLICY).exists() else Policy()
-    sources = [str(Path(source).resolve()) for source in data] or list(rules.data)
-    own_base = str(Path(base).resolve()) if base else rules.base
-    return dataclasses.replace(rules, data=sources, base=own_base)
+    sources = [absolute_source(source, Path.cwd()) for source in data] or list(rules.data)
+    require_text(sources)
+    own_base = Path(base).expanduser()
+    chosen = str(own_base.resolve()) if base and own_base.exists() else base
+    return dataclasses.replace(rules, data=sources, base=chosen or rules.base)
+
+
+def require_text(sources: Sequence[str]) -> None:
+    """Raise DataError where one of the sources is not there or holds no file."""
+    for source in sources:
+        if is_missing(source):
+            raise DataError(
+                f"there is no text at {source}", "--data takes a file, a folder or a pattern"
+            )
 
 
 def approve(folder: Path, terms: Terms, text: bytes, rules: Policy, disk: Disk) -> None:
@@ -119,47 +175,22 @@ def approve(folder: Path, terms: Terms, text: bytes, rules: Policy, disk: Disk) 
 
 
 def leave(folder: Path) -> None:
-    """Delete the membership with its keys; the log of what has left the machine stays."""
-    kept = (OUTGOING, f"{OUTGOING}.head")
-    with explained(folder):
+    """Delete the membership with its keys; the log of what has left the machine stays.
+
+    The membership goes last, so that what was interrupted can be done again.  Raises JournalError
+    while the daemon runs.
+    """
+    kept = (OUTGOING, f"{OUTGOING}.head", LOCK, MEMBERSHIP)
+    with locked(folder / LOCK, "stop its daemon first"), explained(folder):
         for path in folder.iterdir():
-            if path.name in kept:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            if path.name not in kept:
+                _remove(path)
+        (folder / MEMBERSHIP).unlink(missing_ok=True)
+        (folder / LOCK).unlink()
 
 
-def explanation(terms: Terms, blueprint: Blueprint, data: Sequence[str]) -> Iterator[str]:
-    """What will happen, for a person to read before it does."""
-    config = terms.config
-    strategy = make(
-        config.strategy.name,
-        config.strategy.options,
-        blueprint.layers,
-        config.model.rank,
-        config.scaling,
-        blueprint.digest,
-    )
-    yield f"run            {terms.run[:16]} of coordinator key {terms.coordinator[:16]}"
-    yield f"base model     {config.model.base} (digest {terms.base_digest[:16]})"
-    yield f"text           {', '.join(data)}: it stays on this machine"
-    yield (
-        f"training       {config.rounds.count} rounds of {config.clients.steps} steps,"
-        f" {config.clients.batch} rows each, strategy {strategy.name}: {strategy.summary}"
-    )
-    for what in leaving(strategy.integers, config.clients.clip_update):
-        yield f"leaves         {what}"
-    yield "never leaves   text, tokens, the base model, optimiser state"
-    yield "privacy        updates are not encrypted towards the coordinator, and no noise is added"
-
-
-def leaving(integers: bool, clip: float) -> Iterator[str]:
-    """What is sent in each round."""
-    if integers:
-        yield "one byte for each step"
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
-        bound = f", its norm at most {clip:g}" if clip else ""
-        yield f"an update of the adapter's weights{bound}"
-    yield "the training loss, the held-out loss, and how many rows and tokens they are of"
+        path.unlink()

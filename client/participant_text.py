@@ -110,6 +110,12 @@ def fingerprint(sources: Sequence[str]) -> Fingerprint:
     return (*sources, *(_looks(path) for source in sources for path in _files(source)))
 
 
+def is_missing(source: str) -> bool:
+    """Whether a source is a path at which there is no file."""
+    path = Path(source.removeprefix("datasets:"))
+    return path.is_absolute() and not any(True for _ in _files(source))
+
+
 def _files(source: str) -> Iterator[Path]:
     path = Path(source.removeprefix("datasets:")).expanduser()
     if path.is_dir():

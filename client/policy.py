@@ -87,7 +87,7 @@ class Policy:
         _require_own(path)
         policy = parse(text, str(path))
         folder = path.absolute().parent
-        sources = [_absolute(source, folder) for source in policy.data]
+        sources = [absolute_source(source, folder) for source in policy.data]
         base = folder / Path(policy.base).expanduser()
         return dataclasses.replace(
             policy, data=sources, base=str(base) if policy.base and base.exists() else policy.base
@@ -220,7 +220,7 @@ def _require_own(path: Path) -> None:
         raise IdentityError(f"{path} belongs to another user", "take it over, or copy it")
 
 
-def _absolute(source: str, folder: Path) -> str:
+def absolute_source(source: str, folder: Path) -> str:
     """As in run.toml: "nano" is no path, nor is a `datasets:` name that is no folder here."""
     name = source.rpartition("datasets:")[2]
     path = folder / Path(name).expanduser()

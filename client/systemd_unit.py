@@ -6,6 +6,7 @@ machine is read-only or hidden (systemd.exec(5)).
 
 from __future__ import annotations
 
+import glob
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ UMask=0077
 # limits of the whole daemon; the run's own limits are in policy.toml
 {limits}
 # what it may see and change
-ReadWritePaths={folder}
+ReadWritePaths={writable}
 {readable}ProtectSystem=strict
 ProtectHome={protect_home}
 PrivateTmp=yes
@@ -73,6 +74,19 @@ class Fence:
     gpu: bool = False
 
 
+def readable_paths(sources: Sequence[str]) -> tuple[Path, ...]:
+    """What has to be readable for these sources of text and bases: of a pattern, the folder that
+    its files are in or below; nothing for a hub's name."""
+    paths = [Path(source.removeprefix("datasets:")) for source in sources]
+    return tuple(_without_pattern(path) for path in paths if path.is_absolute())
+
+
+def _without_pattern(path: Path) -> Path:
+    while glob.has_magic(str(path)) and not path.exists():
+        path = path.parent
+    return path
+
+
 def unit_text(name: str, folder: Path, home: Path, fence: Fence, python: str = "") -> str:
     """The unit for the participant in `folder`.  Raises ConfigError for what a unit cannot say."""
     paths = [folder, home, *fence.readable, Path(python or sys.executable)]
@@ -92,6 +106,7 @@ def unit_text(name: str, folder: Path, home: Path, fence: Fence, python: str = "
         home=home,
         python=python or sys.executable,
         folder=folder,
+        writable=f"{folder} {home}" if fence.gpu else folder,  # there is the lock of each GPU
         limits=limits,
         readable="".join(f"ReadOnlyPaths={path}\n" for path in fence.readable),
         protect_home="read-only" if in_homes else "yes",

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from .cli_coordinator import stoppable
+from .cli_coordinator import positive, stoppable
 from .display import Display, bytes_text
 from .errors import ConfigError
+from .file_lock import is_held
 from .store import Disk
 
 RUN = "run"
@@ -39,7 +41,7 @@ def add_commands(commands: Any, add: Add) -> None:
     _on_folder(commands, add, "resume", _resume, "take part again after `pause`")
 
     log = _on_folder(commands, add, "log", _log, "everything that has left this machine, verified")
-    log.add_argument("--last", type=int, default=20, help="so many lines")
+    log.add_argument("--last", type=positive, default=20, help="so many lines")
 
     _on_folder(
         commands, add, "dry-run", _dry_run, "what would be sent for a round, without sending"
@@ -70,27 +72,29 @@ def _on_folder(commands: Any, add: Add, name: str, run: Any, about: str) -> argp
 
 
 def _join(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from .client.flower_key import FlowerKey
     from .client.gateway_client import GatewayClient
-    from .client.joining import flower_key, folder_of, make_folder
-    from .client.membership import Membership
+    from .client.home import FLOWER_KEY
+    from .client.joining import begun, enrol, folder_of, make_folder, own_fingerprint, rules_of
     from .identity import own_identity
     from .invitation import Invitation
 
     invitation, disk = Invitation.parse(_word(options.invitation)), Disk()
-    folder = options.folder or folder_of(invitation.name)
+    folder = (options.folder or folder_of(invitation.name)).resolve()
+    membership, identity = begun(folder, invitation), own_identity()
+    rules_of(folder, options.data, options.base)  # says what is missing before anybody is asked
     make_folder(folder, disk)
-    membership, identity = Membership.of(invitation), own_identity()
-    screen = Console()
-    with GatewayClient(membership, identity) as gateway, Display(console) as display:
-        key = flower_key(folder, disk)
-        enrolment = gateway.enrol(key)
-        screen.print(f"{enrolment.name}: your key's fingerprint is {enrolment.fingerprint}")
-        screen.print("tell it to the operator, by telephone for instance, who compares it")
-        if enrolment.status == "pending":
-            display.enter("waiting for the operator's approval (this command can be repeated)")
-        while not enrolment.certificate:
-            time.sleep(1.0)
-            enrolment = gateway.enrol(key)
+    flower = FlowerKey.load_or_create(folder / FLOWER_KEY, disk)
+    unproven = membership.with_certificate("")  # one that has expired must not be in the way
+    screen = Console(markup=False, highlight=False, soft_wrap=True)
+    with GatewayClient(unproven, identity) as gateway, Display(console) as display:
+
+        def waiting() -> None:
+            screen.print(f"{invitation.name}: your key is {own_fingerprint(identity)}")
+            screen.print("tell it to the operator, by telephone for instance, who compares it")
+            display.enter("waiting for the operator's approval (the same command goes on waiting)")
+
+        enrolment = enrol(gateway, identity, flower.public_pem, waiting)
     node, certificate = enrolment.node_id, enrolment.certificate
     dataclasses.replace(membership, certificate=certificate, node_id=node).save(folder, disk)
     return _consent(folder, options, console)
@@ -98,10 +102,10 @@ def _join(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _word(given: str) -> str:
     """The invitation itself, or what a file of that name holds."""
-    path = Path(given)
-    if len(given) < 256 and path.is_file():
-        return path.read_text(encoding="utf-8")
-    return given
+    from .client.home import read_text
+
+    is_name = len(given.encode()) < 256  # bytes; no file has a longer one
+    return read_text(Path(given)) if is_name and Path(given).is_file() else given
 
 
 def _agree(options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -111,41 +115,55 @@ def _agree(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _consent(folder: Path, options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Show what the run would do here; write it down once its user agrees."""
+    from .client.consent import Offer
+    from .client.daemon import own_bundle
     from .client.gateway_client import GatewayClient
-    from .client.joining import approve, explanation, local_base, rules_of
+    from .client.home import LOCK, POLICY
+    from .client.joining import approve, rules_of
     from .client.membership import Membership
     from .client.terms import Terms
     from .identity import own_identity
 
-    with GatewayClient(Membership.load(folder), own_identity()) as gateway:
+    membership, disk = Membership.load(folder), Disk()
+    with GatewayClient(membership, own_identity()) as gateway:
         text = gateway.terms()
     terms, rules = Terms.parse(text), rules_of(folder, options.data, options.base)
     with Display(console) as display:
-        display.enter("checking the base model")
-        blueprint = local_base(terms, rules.base)
-    screen = Console()
-    for line in explanation(terms, blueprint, rules.data):
-        screen.print(line, markup=False, highlight=False, soft_wrap=True)
+        display.enter("looking at the base model and the text")
+        own_bundle(folder, terms, disk)
+        offer = Offer.look(terms, rules, membership.name)
+    screen = Console(markup=False, highlight=False, soft_wrap=True)
+    for line in offer.lines():
+        screen.print(line)
     if not options.yes and not _confirmed():
         raise ConfigError("not agreed to: nothing will be trained", "the same command asks again")
-    approve(folder, terms, text, rules, Disk())
-    screen.print(f"agreed; your rules are in {folder / 'policy.toml'}", soft_wrap=True)
-    screen.print("`meadow client` takes part from now on; `meadow client service` as a service")
+    approve(folder, terms, text, rules, disk)
+    screen.print(f"agreed; your rules are in {folder / POLICY}")
+    if is_held(folder / LOCK):
+        screen.print("restart the daemon, which still works by what was agreed to before")
+    else:
+        screen.print(
+            "`meadow client` takes part from now on; as a service: `meadow client service`"
+        )
     return {"folder": str(folder), "run": terms.run, "terms": terms.digest}
 
 
 def _confirmed() -> bool:
+    """The user's answer.  Raises ConfigError where nobody can answer."""
     try:
         return input("take part in this? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:
-        return False
+        raise ConfigError(
+            "nobody is there to be asked", "--yes agrees without a question"
+        ) from None
 
 
 def _folder(options: argparse.Namespace) -> Path:
-    from .client.joining import only_membership
+    """The participant's folder that the command is about."""
+    from .client.joining import only_membership, require_folder
 
     folder: Path = (options.folder or only_membership()).resolve()
-    return folder
+    return require_folder(folder)
 
 
 def _run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -163,26 +181,52 @@ def _run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _status(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from .client.home import SOCKET
-    from .client.trainer_link import STATUS, TrainerLink
+    from .client.daemon_status import status_of
 
-    with TrainerLink(_folder(options) / SOCKET, patience=1.0) as link:
-        found: dict[str, Any] = json.loads(link.call(STATUS))
-    screen, working = Console(highlight=False), found["working"]
-    state = "paused" if found["paused"] else "working" if working else "waiting for a round"
-    loads = found["base"]["loads"]
-    screen.print(f"{found['name']} in run {found['run'][:16]}: {state}", markup=False)
+    found = status_of(_folder(options))
+    screen = Console(markup=False, highlight=False, soft_wrap=True)
+    screen.print(f"{found['name']}: {_state(found)}")
+    screen.print(f"coordinator: {', '.join(found['addresses'])}; certificate until {_until(found)}")
+    sent = found["sent"]
+    screen.print(f"sent: {sent['messages']} messages, {bytes_text(sent['bytes'])}")
+    if found["trainer"]:
+        _print_trainer(found, screen)
+    return found
+
+
+def _state(found: dict[str, Any]) -> str:
+    """What the daemon does now, in a few words."""
+    if not found["daemon"]:
+        paused = " and paused" if found["paused"] else ""
+        return f"the daemon is not running{paused}; `meadow client` starts it"
+    if found["paused"]:
+        return "paused; `meadow client resume` goes on"
+    if not found["trainer"]:
+        return f"starting; what it says is in {found['folder']}/logs"
+    working = found["working"]
+    if not working:
+        return f"waiting for a round of run {found['run'][:16]}"
+    return (
+        f"working on round {working['round']}: {working['verb']}, {working['steps']} steps so far"
+    )
+
+
+def _until(found: dict[str, Any]) -> str:
+    return time.strftime("%Y-%m-%d", time.localtime(found["certificate_expires"]))
+
+
+def _print_trainer(found: dict[str, Any], screen: Console) -> None:
+    """What the resident trainer says of itself."""
     if found["fault"]:
-        screen.print(f"fault: {found['fault']}", markup=False, soft_wrap=True)
+        screen.print(f"fault: {found['fault']}")
+    loads, text = found["base"]["loads"], found["text"]
     screen.print(f"base model loaded {loads['count']} times, {loads['seconds']:.1f} s in all")
-    text = found["text"]
     screen.print(f"text: {text['train']} rows to train on, {text['held_out']} held out")
     table = Table("request", "round", "received", "seconds", "of it loading", "outcome")
     for row in found["recent"][-10:]:
-        cells = (f"{row['seconds']:.2f}", f"{row['loading_seconds']:.2f}", row["outcome"])
+        cells = (f"{row['seconds']:.2f}", f"{row['loading_seconds']:.2f}", escape(row["outcome"]))
         table.add_row(row["verb"], str(row["round"]), bytes_text(row["received"]), *cells)
     screen.print(table)
-    return found
 
 
 def _pause(options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -205,28 +249,35 @@ def _resume(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _log(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     from .client.home import OUTGOING
-    from .client.outgoing_log import read, verify
+    from .client.joining import only_membership, require_folder
+    from .client.outgoing_log import read
 
-    path = _folder(options) / OUTGOING
-    entries = read(path) if path.exists() else []
-    screen = Console(highlight=False)
+    folder: Path = (options.folder or only_membership()).resolve()
+    if not (folder / OUTGOING).exists():
+        require_folder(folder)  # one that was left has its log and nothing else
+    with_head = (folder / OUTGOING).exists() or (folder / f"{OUTGOING}.head").exists()
+    entries = read(folder / OUTGOING) if with_head else []
+    screen = Console(highlight=False, markup=False, soft_wrap=True)
     table = Table("time", "what", "round", "bytes", "SHA-256")
     for entry in entries[-options.last :]:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.time))
         cells = (str(entry.round), bytes_text(entry.bytes), entry.sha256[:16])
         table.add_row(when, entry.kind, *cells)
     screen.print(table)
-    count = verify(path) if entries else 0
-    sent = sum(entry.bytes for entry in entries)
-    screen.print(f"{count} lines, {bytes_text(sent)}: the chain holds, from the first to the last")
+    sent = bytes_text(sum(entry.bytes for entry in entries))
+    whole = ": the chain holds, from the first to the last" if entries else ""
+    screen.print(f"{len(entries)} lines, {sent}{whole}")
     return [dataclasses.asdict(entry) for entry in entries]
 
 
 def _dry_run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from .client.daemon_status import require_running
     from .client.home import SOCKET
     from .client.trainer_link import DRY_RUN, TrainerLink
 
-    with Display(console) as display, TrainerLink(_folder(options) / SOCKET, 1.0) as link:
+    folder = _folder(options)
+    require_running(folder)
+    with Display(console) as display, TrainerLink(folder / SOCKET, 60.0) as link:
         display.enter("training a round that is not sent")
         found: dict[str, Any] = json.loads(link.call(DRY_RUN))
     Console().print_json(data=found)
@@ -234,27 +285,37 @@ def _dry_run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _rotate(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from .client.rotation import rotate_key
+    from .client.joining import memberships, only_membership, own_fingerprint
+    from .client.key_rotation import rotate_identity
+    from .identity import default_path
 
-    fingerprint = rotate_key(_folder(options), Disk())
-    Console().print(f"the new key's fingerprint is {fingerprint}; restart the daemon")
-    return {"fingerprint": fingerprint}
+    own = _folder(options) if options.folder else only_membership() if not memberships() else None
+    folders = sorted({*memberships(), *([own] if own else [])})
+    fingerprint = own_fingerprint(rotate_identity(default_path(), folders, Disk()))
+    screen = Console(markup=False, highlight=False, soft_wrap=True)
+    screen.print(f"the new key's fingerprint is {fingerprint}")
+    for folder in folders:
+        screen.print(f"its certificate is in {folder}")
+    return {"fingerprint": fingerprint, "folders": [str(folder) for folder in folders]}
 
 
 def _leave(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .client.gateway_client import GatewayClient
+    from .client.home import LOCK
     from .client.joining import leave
     from .client.membership import Membership
     from .identity import own_identity
 
-    folder, screen = _folder(options), Console()
+    folder, screen = _folder(options), Console(markup=False, highlight=False, soft_wrap=True)
+    if is_held(folder / LOCK):
+        raise ConfigError("this participant's daemon is running", "stop it, then leave")
     if options.withdraw:
         with GatewayClient(Membership.load(folder), own_identity()) as gateway:
             gateway.withdraw()
         screen.print("the coordinator will delete what you contributed, and asks you no more;")
         screen.print("what finished rounds have learned from it stays in the adapter")
     leave(folder)
-    screen.print(f"left; the log of what was sent stays in {folder}", soft_wrap=True)
+    screen.print(f"left; the log of what was sent stays in {folder}")
     return {"folder": str(folder), "withdrawn": options.withdraw}
 
 
@@ -262,12 +323,12 @@ def _service(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .client.home import POLICY
     from .client.membership import Membership
     from .client.policy import Policy
-    from .client.systemd_unit import Fence, unit_text
+    from .client.systemd_unit import Fence, readable_paths, unit_text
     from .identity import default_path
 
     folder = _folder(options)
     rules = Policy.load(folder / POLICY)
-    readable = tuple(Path(p) for p in [*rules.data, rules.base] if p)
+    readable = readable_paths([*rules.data, rules.base])
     fence = Fence(
         options.user or getpass.getuser(), readable, options.memory_mb, options.cpus, options.gpu
     )
@@ -282,6 +343,7 @@ def _service(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 def with_run(arguments: Sequence[str]) -> list[str]:
     """`meadow client` and `meadow client --folder X` run the daemon."""
     given = list(arguments)
-    if given[:1] == ["client"] and (len(given) == 1 or given[1] in ("--folder", "--json")):
+    options = ("--folder", "--json")
+    if given[:1] == ["client"] and (len(given) == 1 or given[1].startswith(options)):
         given.insert(1, RUN)
     return given

@@ -13,12 +13,12 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from .config import Config, load
 from .display import Display
 from .invitation import Invitation
-from .store import Disk
+from .participant_name import normal_name
+from .store import Disk, locked
 
 START = "start"
 """What `meadow coordinator run.toml` means."""
@@ -33,6 +33,7 @@ def add_commands(commands: Any, add: Add) -> None:
     start.add_argument("config", type=Path, metavar="run.toml")
     start.add_argument("--out", type=Path, default=_FOLDER, help="the coordinator's folder")
 
+    _on_folder(commands, add, "status", _status, "how the run stands, and who is online")
     invite = _on_folder(commands, add, "invite", _invite, "print an invitation for a participant")
     invite.add_argument("name", help="what to call the participant")
 
@@ -43,10 +44,13 @@ def add_commands(commands: Any, add: Add) -> None:
         ("readmit", "let a suspended participant in again"),
         ("revoke", "refuse a participant's key for good"),
     ):
-        _on_folder(commands, add, name, _CHANGES[name], about).add_argument("name")
+        change = _on_folder(commands, add, name, _CHANGES[name], about)
+        change.add_argument("name")
+        if name == "approve":
+            change.add_argument("--fingerprint", default="", help="approve only this key")
 
     log = _on_folder(commands, add, "log", _log, "print the audit trail: who did what, and when")
-    log.add_argument("--last", type=int, default=50, help="so many lines")
+    log.add_argument("--last", type=positive, default=50, help="so many lines")
     _on_folder(commands, add, "pause", _pause, "begin no further round until `resume`")
     _on_folder(commands, add, "resume", _resume, "go on after `pause`")
 
@@ -63,25 +67,22 @@ def _on_folder(commands: Any, add: Add, name: str, run: Any, about: str) -> argp
     return parser
 
 
+def positive(text: str) -> int:
+    """An argument that counts from 1."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not 1 or more")
+    return int(text)
+
+
 def _start(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from .identity import own_identity
-    from .peft_adapters.blueprint import open_blueprint
-    from .server.coordinator_daemon import CoordinatorDaemon
-    from .server.coordinator_home import CoordinatorHome, check_deployable
-    from .server.flower_engine import FlowerEngine
+    from .server.coordinator_daemon import check_settings
+    from .server.coordinator_home import CoordinatorHome
 
     config, disk, home = load(options.config), Disk(), CoordinatorHome(options.out.resolve())
-    with Display(console) as display:
-        display.enter("preparing")
-        blueprint = open_blueprint(config.model)
-        check_deployable(config, blueprint)
-        bundle = FlowerEngine(home.flower, disk).bundle_digest()
-        home.prepare(config, blueprint, bundle, own_identity(), disk)
-        daemon = CoordinatorDaemon(home, config, display)
-        _print_invitations(home, config)
-        display.enter("waiting for participants")
-        with stoppable() as stopped:
-            finished = daemon.run(lambda: bool(stopped))
+    check_settings(config)
+    home.make(disk)
+    with locked(home.lock, "a coordinator runs there: `meadow coordinator status`"):
+        finished = _served(config, home, disk, console)
     screen = Console()
     if finished:
         screen.print(f"adapter: {home.run / 'adapter'}", soft_wrap=True, highlight=False)
@@ -90,21 +91,49 @@ def _start(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {"finished": finished, "folder": str(home.folder)}
 
 
+def _served(config: Config, home: Any, disk: Disk, console: Console) -> bool:
+    """Work on the run until it is finished, or until somebody asks to stop."""
+    from .identity import own_identity
+    from .peft_adapters.blueprint import open_blueprint
+    from .server.coordinator_daemon import CoordinatorDaemon
+    from .server.coordinator_home import check_deployable
+    from .server.flower_engine import FlowerEngine
+
+    with Display(console) as display:
+        display.enter("preparing")
+        blueprint = open_blueprint(config.model)
+        check_deployable(config, blueprint)
+        bundle = FlowerEngine(home.flower, disk).bundle_digest()
+        if home.prepare(config, blueprint, bundle, own_identity(), disk):
+            console.print("the terms have changed: every participant has to `meadow client agree`")
+        if home.finished.exists():
+            return True
+        daemon = CoordinatorDaemon(home, config, display)
+        display.enter("starting")
+
+        def opened() -> None:
+            _print_invitations(home, config)
+            display.enter("paused" if home.paused.exists() else "waiting for participants")
+
+        with stoppable() as stopped:
+            return daemon.run(lambda: bool(stopped), opened)
+
+
 def _print_invitations(home: Any, config: Config) -> None:
+    from .server.coordinator_daemon import not_invited
     from .server.roster import Roster
 
-    screen = Console()
+    screen = Console(markup=False, highlight=False, soft_wrap=True)
     with Roster.open(home.roster) as roster:
-        known = {person.name for person in roster.participants()}
-    for name in config.coordinator.invite:
-        if name not in known:
-            text = make_invitation(home, config, name)
-            screen.print(f"invitation for {name} (send it as you would a password):")
-            screen.print(f"  meadow client join {text} --data FOLDER", soft_wrap=True)
+        names = not_invited(config, roster)
+    for name in names:
+        text = make_invitation(home, config, name)
+        screen.print(f"invitation for {name} (send it as you would a password):")
+        screen.print(f"  meadow client join {text} --data FOLDER")
 
 
 def make_invitation(home: Any, config: Config, name: str) -> str:
-    """A new invitation's text; it is also kept in the coordinator's folder."""
+    """A new invitation's text, which is kept nowhere."""
     from .server.authority import Authority
     from .server.coordinator_daemon import public_addresses
     from .server.roster import Roster
@@ -115,7 +144,11 @@ def make_invitation(home: Any, config: Config, name: str) -> str:
     with Roster.open(home.roster) as roster:
         token = roster.invite(name, seconds)
     invitation = Invitation(
-        name, tuple(public_addresses(config)), authority, token, int(time.time() + seconds)
+        normal_name(name),
+        tuple(public_addresses(config)),
+        authority,
+        token,
+        int(time.time() + seconds),
     )
     return invitation.text()
 
@@ -127,33 +160,61 @@ def _invite(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     return {"name": options.name, "invitation": text}
 
 
-def _clients(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    from .server.roster import Roster
+def _status(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from .server.coordinator_status import status_of
 
     home, _ = _opened(options)
-    with Roster.open(home.roster) as roster:
-        people = roster.participants()
-    table = Table()
-    for title in ("name", "status", "fingerprint", "last heard of", "certificate until"):
-        table.add_column(title)
+    found = status_of(home)
+    screen = Console(markup=False, highlight=False, soft_wrap=True)
+    states = ("finished", "paused") if found["finished"] else ("running", "paused")
+    said = [state for state in states if found[state]] or ["not running"]
+    screen.print(f"{found['folder']}: {', '.join(said)}")
+    screen.print(f"round {found['round']} of {found['rounds']} is closed{_losses(found)}")
+    for person in found["participants"]:
+        heard = f"last heard of {_day(person['seen'])}" if person["seen"] else "never heard of"
+        online = "online" if person["online"] else heard
+        screen.print(f"  {person['name']:<20} {person['status']:<10} {online}")
+    for note in found["asked"]:
+        screen.print(f"{_day(note['time'])}  {note['name']}: {note['kind']} {note['text']}")
+    for event in found["events"]:
+        screen.print(f"{_day(event['time'])}  {event['text']}")
+    return found
+
+
+def _losses(found: dict[str, Any]) -> str:
+    if found["loss"] is None:
+        return ""
+    return f"; held-out loss {found['base_loss']:.4f} at first, {found['loss']:.4f} now"
+
+
+def _clients(options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    from .server.coordinator_status import status_of
+
+    home, _ = _opened(options)
+    people: list[dict[str, Any]] = status_of(home)["participants"]
+    screen = Console(markup=False, highlight=False, soft_wrap=True)
+    screen.print(_row("name", "status", "fingerprint", "last heard of", "certificate until"))
     for person in people:
-        cells = (person.fingerprint if person.key else "", _day(person.seen))
-        table.add_row(person.name, person.status, *cells, _day(person.certificate_expires))
-    Console().print(table)
-    return [
-        {"name": p.name, "status": p.status, "fingerprint": p.fingerprint if p.key else ""}
-        for p in people
-    ]
+        seen, until = _day(person["seen"]), _day(person["certificate_expires"])
+        screen.print(_row(person["name"], person["status"], person["fingerprint"], seen, until))
+    return people
+
+
+def _row(name: str, status: str, fingerprint: str, seen: str, until: str) -> str:
+    """One participant in one line: a fingerprint is read aloud, and compared, as a whole."""
+    return f"{name:<20} {status:<10} {fingerprint:<39}  {seen:<16}  {until}".rstrip()
 
 
 def _approve(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from .server.coordinator_daemon import approve
+    from .server.coordinator_daemon import approve, require_fingerprint
     from .server.flower_engine import FlowerEngine
     from .server.roster import Roster
 
     home, _ = _opened(options)
     with Roster.open(home.roster) as roster:
-        approve(roster, FlowerEngine(home.flower, Disk()), options.name)
+        if options.fingerprint:
+            require_fingerprint(roster, options.name, options.fingerprint)
+        approve(roster, FlowerEngine(home.flower, Disk()), options.name, home.running)
         return _told(roster, options.name)
 
 
@@ -228,7 +289,8 @@ def _restore(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .server.coordinator_backup import restore
 
     restore(options.file, options.folder)
-    Console().print(f"{options.folder}: `meadow coordinator` goes on with it", soft_wrap=True)
+    again = f"meadow coordinator {options.folder / 'run.toml'} --out {options.folder}"
+    Console().print(f"restored; `{again}` goes on", soft_wrap=True, markup=False, highlight=False)
     return {"folder": str(options.folder)}
 
 
@@ -262,6 +324,6 @@ def stoppable() -> Iterator[list[int]]:
 def with_start(arguments: Sequence[str]) -> list[str]:
     """`meadow coordinator run.toml` is `meadow coordinator start run.toml`."""
     given = list(arguments)
-    if given[:1] == ["coordinator"] and len(given) > 1 and given[1].endswith(".toml"):
+    if given[:1] == ["coordinator"] and given[1:] and given[1].endswith((".toml", "-out", "-json")):
         given.insert(1, START)
     return given

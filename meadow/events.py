@@ -17,6 +17,7 @@ from typing import Any
 from .store import explained
 
 FORMAT = 1
+_TAIL = 2**18  # bytes of a log that are searched for its newest events
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,17 @@ class EventTail:
             event = _event(line)
             if event is not None:
                 yield event
+
+
+def last_events(path: Path, count: int) -> list[Event]:
+    """The newest events of a log, oldest first; their `data` has the "time" (Unix seconds)."""
+    if not path.exists():
+        return []
+    with explained(path), path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL))
+        lines = file.read().splitlines()
+    found = [event for line in lines if (event := _event(line)) is not None]
+    return found[-count:]
 
 
 def _event(line: bytes) -> Event | None:

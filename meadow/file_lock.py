@@ -18,3 +18,17 @@ def own_turn(path: Path) -> Iterator[None]:
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def is_held(path: Path) -> bool:
+    """Whether some process holds the lock file `path` now."""
+    if not path.exists():
+        return False
+    with explained(path):
+        file = open(path, "rb")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

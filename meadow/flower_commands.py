@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,20 @@ def write_project(folder: Path, disk: Disk) -> Path:
     return project
 
 
-def build_bundle(folder: Path, disk: Disk) -> Path:
-    """The bundle's file, built once in `folder`.  Raises FlowerError."""
+def bundle_in(folder: Path, disk: Disk) -> Path:
+    """The bundle's file, built once in `folder` by each version of the tools and of what it holds.
+
+    Raises FlowerError.
+    """
+    recipe = "\0".join([_PROJECT, _LICENSE, version("flwr")])
+    target = folder / f"bundle-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.fab"
+    if not target.exists():
+        _build(folder, target, disk)
+    return target
+
+
+def _build(folder: Path, target: Path, disk: Disk) -> None:
     project = write_project(folder, disk)
-    target = folder / "bundle.fab"
     output = folder / "building"
     shutil.rmtree(output, ignore_errors=True)
     disk.folder(output)
@@ -104,10 +115,9 @@ def build_bundle(folder: Path, disk: Disk) -> Path:
     _called(command, environment(folder / "flwr"), output, 60.0)
     built = list(output.glob("*.fab"))
     if len(built) != 1:
-        raise FlowerError("flwr build made no bundle")
+        raise FlowerError("flwr build made no bundle", "install flwr anew: pip install meadow-fl")
     disk.write(target, built[0].read_bytes())
     shutil.rmtree(output)
-    return target
 
 
 def bundle_digest(bundle: Path) -> str:

@@ -95,6 +95,11 @@ class Identity:
         """The public key as others store it; `trust` reads it."""
         return self.public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
+    @property
+    def private_pem(self) -> bytes:
+        """The key itself, as `load_or_create` reads it: for its owner's files alone."""
+        return _pem(self.private)
+
     def sign(self, payload_type: str, payload: bytes) -> Envelope:
         """A DSSE envelope around `payload`; the same bytes always give the same envelope."""
         signature = self.private.sign(pae(payload_type, payload))

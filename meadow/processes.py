@@ -29,6 +29,7 @@ FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  # seconds before a restart; doubled each
 HEALTHY_AFTER = 60.0  # seconds of life after which the back-off begins anew
 _PATIENCE = 8.0  # seconds between asking a group to end and ending it
 _LARGEST_LOG = 10_000_000  # bytes; an older one is kept beside it, once
+_TAIL, _LONGEST_SAID = 4096, 300  # bytes of a log that are looked at, characters that are told
 _DIE_WITH_PARENT = 1  # prctl(2): PR_SET_PDEATHSIG
 _LIBC = ctypes.CDLL(None)  # before the fork, after which little is safe
 
@@ -141,7 +142,10 @@ class Supervisor(Closeable):
         lived = now - child.started
         child.delay = FIRST_DELAY if lived > HEALTHY_AFTER else child.delay
         child.not_before = now + child.delay
-        text = f"{child.program.name} ended ({_status(child.process.returncode)})"
+        code = child.process.returncode
+        text = f"{child.program.name} ended ({_status(code)})"
+        if code > 0 and (said := _last_line(self._folder / f"{child.program.name}.log")):
+            text += f" and said: {said}"
         self._observer(Event("notice", 0, {"text": f"{text}; again in {child.delay:g} s"}))
         child.delay = min(LONGEST_DELAY, 2 * child.delay)
         _end_group(child.process)
@@ -212,6 +216,14 @@ def _log(path: Path) -> BinaryIO:
     if path.exists() and path.stat().st_size > _LARGEST_LOG:
         path.replace(path.with_suffix(".log.old"))
     return path.open("ab", buffering=0)
+
+
+def _last_line(log: Path) -> str:
+    """The last thing that a program has written, as one printable line."""
+    with explained(log), log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _TAIL))
+        lines = file.read().decode(errors="replace").strip().splitlines() or [""]
+    return "".join(c if c.isprintable() else " " for c in lines[-1])[-_LONGEST_SAID:]
 
 
 def _status(code: int | None) -> str:

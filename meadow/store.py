@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import BinaryIO
 from .errors import JournalError, StorageError
 
 DRAFT = ".draft"
+_ATTEMPTS = 4
 
 _FAULTS = {
     errno.ENOSPC: "the disk is full",
@@ -193,12 +195,21 @@ def locked(path: Path, hint: str) -> Iterator[None]:
     with explained(path):
         file = open(path, "ab")
     with file:
+        if not _taken(file):
+            raise JournalError(f"another process is working in {path.parent}", hint)
+        yield
+
+
+def _taken(file: BinaryIO) -> bool:
+    """Whether the lock is ours now.  Who only looks whether it is held has it for an instant."""
+    for attempt in range(_ATTEMPTS):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            text = f"another process is working in {path.parent}"
-            raise JournalError(text, hint) from error
-        yield
+        except BlockingIOError:
+            time.sleep(0.01 * (attempt + 1 < _ATTEMPTS))
+        else:
+            return True
+    return False
 
 
 def digest_of(data: bytes) -> str:

@@ -32,7 +32,7 @@ from ..strategies.messages import (
 from ..strategies.transforms import Transform, to_server
 from ..wire import require_finite
 
-_KEPT_ROUNDS = 2  # payloads and states of older rounds are deleted
+KEPT_ROUNDS = 2  # payloads and states of older rounds are deleted
 
 
 class Refusal(str):
@@ -159,7 +159,7 @@ class Coordinator:
             figures |= self.state.data
         metrics = {"round": number, "bytes_down": bytes_down, **figures, **self._evaluate(number)}
         self.journal.close_round(number, pack_state(self.state), metrics)
-        self.journal.prune(_KEPT_ROUNDS)
+        self.journal.prune(KEPT_ROUNDS)
         self.observer(Event("round_closed", number, metrics))
 
     def _step(self, total: Update, turn: Turn) -> None:

@@ -7,22 +7,31 @@ from meadow's journal.
 
 from __future__ import annotations
 
+import shlex
 import socket
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from ..config import Config
-from ..errors import FlowerError
+from ..errors import ConfigError, FlowerError, RosterError
 from ..events import Event, EventTail, Observer
-from ..processes import FIRST_DELAY, LONGEST_DELAY, Program, Supervisor, is_alive
+from ..file_lock import is_held
+from ..invitation import split_address
+from ..listening import require_free
+from ..participant_name import normal_name
+from ..processes import FIRST_DELAY, LONGEST_DELAY, Program, Supervisor
 from ..store import Disk
 from .authority import Authority
 from .coordinator_home import CoordinatorHome
 from .flower_engine import FlowerEngine
-from .roster import Roster
+from .roster import Note, Participant, Roster
 
 _EVERYWHERE = ("", "0.0.0.0", "[::]")
+_LISTEN = "choose another [coordinator] listen, or stop what listens there"
+NOTES_SECONDS = 1.0
+"""How often the roster's notes are looked at."""
 START_SECONDS = 60.0
 """How long a server app may take from Flower's run to its first sign of life."""
 
@@ -38,22 +47,33 @@ class CoordinatorDaemon:
         self.engine.prepare(self.authority)
         self._gateway_ready = home.folder / "gateway.port"
         self._tail = EventTail(home.run / "events.jsonl")
+        self._inbox = NoteTail(observer)
         self._app = _ServerApp(home, self.engine, observer)
 
-    def run(self, stop: Callable[[], bool]) -> bool:
-        """Until the run is finished (True) or `stop` says so (False)."""
+    def run(self, stop: Callable[[], bool], opened: Callable[[], None] = lambda: None) -> bool:
+        """Until the run is finished (True) or `stop` says so (False); `opened` is called once
+        participants can connect.
+
+        Raises ConfigError where the public port cannot be listened at.
+        """
         programs = [self.engine.superlink(), self.engine.superexec(self.home.folder)]
         programs.append(self._gateway())
         with (
             Roster.open(self.home.roster) as roster,
             Supervisor(self.home.logs, programs, self.observer) as supervisor,
         ):
+            require_free(self.config.coordinator.listen, _LISTEN)
+            told = False
             while not self.home.finished.exists() and not stop():
                 supervisor.tick()
+                if not told and supervisor.ready("gateway"):
+                    told = True
+                    opened()
                 if supervisor.ready("superlink"):
                     self._approve_invited(roster)
                     self._app.keep(supervisor.ready("superexec"))
                 self._tell()
+                self._inbox.tell(roster)
                 time.sleep(0.1)
         self._tell()
         return self.home.finished.exists()
@@ -117,20 +137,103 @@ class _ServerApp:
         self._asked, self._begun = time.monotonic(), False
 
     def _alive(self) -> bool:
-        """Whether the process that claims the run exists."""
-        try:
-            return is_alive(int(self._home.server_app.read_text()))
-        except (OSError, ValueError):  # nobody does, or it just ended
-            return False
+        """Whether some process works on the run."""
+        return is_held(self._home.server_app_lock)
 
 
-def approve(roster: Roster, engine: FlowerEngine, name: str) -> None:
-    """Admit a participant who has enrolled.  Raises FlowerError, InvitationError."""
-    people = roster.participants()
-    person = next((person for person in people if person.name == name), None)
-    key = "" if person is None else person.flower_key
-    node = engine.register(key, {person.node_id for person in people}) if key else 0
+class NoteTail:
+    """Tells the operator of what participants do and ask, as soon as it is in the roster."""
+
+    def __init__(self, observer: Observer, clock: Callable[[], float] = time.monotonic) -> None:
+        self._observer, self._clock = observer, clock
+        self._last: int | None = None
+        self._not_before = 0.0
+
+    def tell(self, roster: Roster) -> None:
+        """What is new; the first time, who waits for approval."""
+        if self._clock() < self._not_before:
+            return
+        self._not_before = self._clock() + NOTES_SECONDS
+        notes = roster.notes(self._last or 0)
+        for person in roster.participants() if self._last is None else ():
+            if person.status == "pending":
+                self._say(_waits(person))
+        for note in notes if self._last is not None else ():
+            if text := _told(note, roster):
+                self._say(text)
+        self._last = notes[-1].id if notes else self._last or 0
+
+    def _say(self, text: str) -> None:
+        self._observer(Event("notice", 0, {"text": text}))
+
+
+def _told(note: Note, roster: Roster) -> str:
+    """A note as a line for the operator; "" for what the operator did."""
+    if note.kind == "refusal":
+        return f"{note.name} refuses, {note.text}"
+    if note.kind == "withdraw":
+        return f"{note.name} withdraws: before the next round its contributions are deleted"
+    person = roster.by_name(note.name) if note.kind == "enrolled" else None
+    return _waits(person) if person is not None and person.status == "pending" else ""
+
+
+def _waits(person: Participant) -> str:
+    return (
+        f"{person.name} waits for approval, fingerprint {person.fingerprint}:"
+        f" compare it, then `meadow coordinator approve {shlex.quote(person.name)}`"
+    )
+
+
+def approve(roster: Roster, engine: FlowerEngine, name: str, running: bool = True) -> None:
+    """Admit a participant who has enrolled.
+
+    Raises RosterError where there is nothing to approve, ConfigError where no coordinator is
+    `running` that Flower could be told by, FlowerError where Flower refuses.
+    """
+    person, node = roster.by_name(name), 0
+    if person is not None and person.status == "approved":
+        return
+    if person is not None and person.status == "pending":
+        if not running:
+            raise ConfigError("the coordinator is not running", "start it, then approve")
+        known = {other.node_id for other in roster.participants()}
+        node = engine.register(person.flower_key, known)
     roster.approve(name, node)  # says what is wrong where there is nothing to approve
+
+
+def require_fingerprint(roster: Roster, name: str, expected: str) -> None:
+    """Raise RosterError unless a participant's key is the one that was read out."""
+    person = roster.by_name(name)
+    found = "" if person is None else person.fingerprint
+    if "".join(found.split()) != "".join(expected.lower().split()):
+        raise RosterError(
+            f"the key of {name} has the fingerprint {found or 'of nobody'}, not {expected}",
+            "approve nobody whose fingerprint differs: ask the participant again",
+        )
+
+
+def check_settings(config: Config) -> None:
+    """Raise InvitationError, before anything is made, for an address or a name that cannot be;
+    ConfigError or IdentityError for an own certificate that cannot be used."""
+    for address in public_addresses(config):
+        split_address(address)
+    for name in config.coordinator.invite:
+        normal_name(name)
+    if config.coordinator.certificate:
+        _check_certificate(Path(config.coordinator.certificate), Path(config.coordinator.key))
+
+
+def _check_certificate(certificate: Path, key: Path) -> None:
+    for path, setting in ((certificate, "certificate"), (key, "key")):
+        if not path.is_file():
+            raise ConfigError(f"there is no {path}", f"[coordinator] {setting} names it")
+    Authority.server_files(certificate, key)
+
+
+def not_invited(config: Config, roster: Roster) -> list[str]:
+    """Who is to be invited when the run begins, and has never been."""
+    known = {person.name for person in roster.participants()}
+    return [name for name in map(normal_name, config.coordinator.invite) if name not in known]
 
 
 def public_addresses(config: Config) -> list[str]:

@@ -4,15 +4,17 @@ run.toml        the settings, as they were when the run began
 terms.json      what participants are told of them, and approve
 authority/      the certificate authority and its key
 roster.db       participants, invitations, audit trail
+identity.pem    the operator's key when the run began: participants approved it, and the result is
+                signed with it
 run/            the run's folder: journal, metrics, events, adapter, manifest
 flower/         what Flower's programs keep
 logs/           of every process
 paused          exists while no new round may begin
+coordinator.lock    held while a coordinator works here
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +23,12 @@ from typing import Any
 from .. import __version__
 from ..config import Config, load, to_json, write
 from ..errors import ConfigError, FormatError, JournalError
+from ..file_lock import is_held
 from ..identity import Identity
 from ..journal import Journal, RunIdentity
 from ..peft_adapters.blueprint import Blueprint, check_shape
 from ..store import Disk, explained
 from ..strategies.registry import make
-from ..wire import canonical
 from .run_folder import environment
 
 FORMAT = 1
@@ -71,14 +73,44 @@ class CoordinatorHome:
         return self.folder / "paused"
 
     @property
+    def lock(self) -> Path:
+        return self.folder / "coordinator.lock"
+
+    @property
+    def identity_file(self) -> Path:
+        return self.folder / "identity.pem"
+
+    def identity(self) -> Identity:
+        """The coordinator's key.  Raises ConfigError where it is missing."""
+        if not self.identity_file.exists():
+            raise ConfigError(f"there is no {self.identity_file}", "restore it from a backup")
+        return Identity.load_or_create(self.identity_file)
+
+    @property
+    def running(self) -> bool:
+        """Whether a coordinator works in this folder now."""
+        return is_held(self.lock)
+
+    @property
     def finished(self) -> Path:
         """Written last, once the adapter is there."""
         return self.run / "finished.json"
 
     @property
     def server_app(self) -> Path:
-        """The process id of the server app that works on the run."""
+        """The process id of the server app that works on the run, for people."""
         return self.run / "server-app.pid"
+
+    @property
+    def server_app_lock(self) -> Path:
+        """Held by the server app that works on the run; unlike its number, never another's."""
+        return self.run / "server-app.lock"
+
+    def make(self, disk: Disk) -> None:
+        """The folder, which nobody else can enter: it holds keys and participants' updates."""
+        disk.folder(self.folder)
+        with explained(self.folder):
+            self.folder.chmod(0o700)
 
     def config(self) -> Config:
         """The run's settings.  Raises ConfigError where no run was begun here."""
@@ -90,27 +122,45 @@ class CoordinatorHome:
 
     def prepare(
         self, config: Config, blueprint: Blueprint, bundle: str, identity: Identity, disk: Disk
-    ) -> None:
-        """Begin a run here, or check that it is the one that was begun.
+    ) -> bool:
+        """Begin a run here, or go on with the one that was begun; whether participants have to
+        agree anew, because another version of meadow goes on with it.
 
-        Raises JournalError where the folder holds another run: participants approved that one.
+        `identity` is the operator's.  Raises JournalError where the folder holds another run:
+        participants approved that one.
         """
-        disk.folder(self.folder)
+        self.make(disk)
         disk.folder(self.run)
+        before = self._terms_before(config, blueprint)
+        if not self.identity_file.exists():
+            disk.write(self.identity_file, identity.private_pem, 0o600)
+        run_id = before["run"] if before else self._new_run(config, blueprint, disk)
+        disk.write(self.settings, write(config).encode())
+        terms = terms_of(config, run_id, blueprint.digest, bundle, self.identity())
+        disk.write(self.terms, json.dumps(terms, indent=1).encode())
+        return bool(before) and before != json.loads(json.dumps(terms))
+
+    def _terms_before(self, config: Config, blueprint: Blueprint) -> dict[str, Any]:
+        """The terms of the run that was begun here; {} where none was."""
         if self.settings.exists() and load(self.settings).shared() != config.shared():
             raise JournalError(
                 f"{self.folder} holds a run with other settings, which participants approved",
                 "choose another --out",
             )
-        with Journal.open(self.run, run_identity(config, blueprint), disk) as journal:
-            run_id = journal.run_id
-        disk.write(self.settings, write(config).encode())
-        terms = terms_of(config, run_id, blueprint.digest, bundle, identity)
-        disk.write(self.terms, json.dumps(terms, indent=1).encode())
-
-    def read_terms(self) -> dict[str, Any]:
+        if not self.terms.exists():
+            return {}
         with explained(self.terms):
-            return read_terms(self.terms.read_bytes())
+            terms = _read_terms(self.terms.read_bytes())
+        if terms["base_digest"] != blueprint.digest:
+            raise JournalError(
+                f"the base model {config.model.base} is another than the run began with",
+                "put the right files there, or choose another --out",
+            )
+        return terms
+
+    def _new_run(self, config: Config, blueprint: Blueprint, disk: Disk) -> str:
+        with Journal.open(self.run, run_identity(config, blueprint), disk) as journal:
+            return journal.run_id
 
 
 def run_identity(config: Config, blueprint: Blueprint) -> RunIdentity:
@@ -146,17 +196,15 @@ def terms_of(
     }
 
 
-def read_terms(data: bytes) -> dict[str, Any]:
+def _read_terms(data: bytes) -> dict[str, Any]:
     """Terms from bytes.  Raises FormatError."""
     try:
         terms = json.loads(data)
-        version = terms["format"]
+        version, _, _ = terms["format"], terms["run"], terms["base_digest"]
     except (ValueError, KeyError, TypeError) as error:
-        raise FormatError("these are not the terms of a run") from error
+        raise FormatError(
+            "the folder's terms.json is damaged", "restore it from a backup"
+        ) from error
     if version != FORMAT:
         raise FormatError(f"the terms have format {version}; this meadow reads format {FORMAT}")
     return dict(terms)
-
-
-def terms_digest(terms: dict[str, Any]) -> str:
-    return hashlib.sha256(canonical(terms).encode()).hexdigest()

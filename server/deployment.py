@@ -19,18 +19,17 @@ import torch
 from ..config import Config
 from ..errors import QuorumError
 from ..events import Event, Observer
-from ..identity import own_identity
 from ..journal import Journal
 from ..peft_adapters.blueprint import Blueprint, open_blueprint
 from ..peft_adapters.manifest import write_manifest
-from ..store import Disk
+from ..store import Disk, locked
 from ..strategies.base import Strategy
 from ..strategies.registry import make
 from ..strategies.transforms import make_transforms
 from .app import GridPeers, Nodes
-from .coordinator import Coordinator, Peers
+from .coordinator import KEPT_ROUNDS, Coordinator, Peers
 from .coordinator_home import CoordinatorHome, run_identity
-from .roster import Roster
+from .roster import Note, Roster
 from .run_folder import provenance, traces
 
 POLL_SECONDS = 0.2
@@ -47,7 +46,7 @@ def serve(folder: Path, peers_of: PeersOf, sleep: Callable[[float], None] = time
     torch.set_num_threads(config.simulation.threads or torch.get_num_threads())
     blueprint = open_blueprint(config.model)
     with (
-        claimed(home, disk),
+        _claimed(home, disk),
         Journal.open(home.run, run_identity(config, blueprint), disk) as journal,
         Roster.open(home.roster) as roster,
         traces(journal, home.run, disk) as observer,
@@ -89,7 +88,8 @@ class DeployedRun:
 
     def rounds(self) -> Coordinator:
         """All rounds that are left."""
-        self._wait_for(self.config.coordinator.least)
+        self._wait_while_paused()
+        self._wait_for(self._least())
         clients = self.config.clients
         coordinator = Coordinator(
             self.config,
@@ -105,12 +105,13 @@ class DeployedRun:
 
     def finish(self, coordinator: Coordinator) -> None:
         """Write the adapter, its manifest and, last, that the run is finished."""
+        self.inbox.read()
         config, journal, folder = self.config, self.journal, self.home.run
         tree = self.strategy.export(coordinator.state)
         self.blueprint.export(config, tree, folder / "adapter", journal.run_id, self.disk)
         known = len(journal.get("joined") or {})
         facts = provenance(config, self.blueprint.digest, known, self.strategy.personal, journal)
-        write_manifest(folder, own_identity(), facts, self.disk)
+        write_manifest(folder, self.home.identity(), facts, self.disk)
         count = config.rounds.count
         self.observer(Event("run_finished", count, {"adapter": str(folder / "adapter")}))
         self.disk.write(self.home.finished, json.dumps({"rounds": count}).encode())
@@ -130,6 +131,14 @@ class DeployedRun:
             self.inbox.read()
             coordinator.recast()
 
+    def _least(self) -> int:
+        """How many have to be online.  Only a run's beginning waits for all: whoever left since is
+        waited for by no restart, and a run whose rounds are done needs nobody."""
+        last = self.journal.last()
+        if last is None:
+            return self.config.coordinator.least
+        return 1 if last[0] < self.config.rounds.count else 0
+
     def _wait_for(self, least: int) -> None:
         """Until so many participants are online."""
         told = -1
@@ -140,7 +149,8 @@ class DeployedRun:
             self.sleep(POLL_SECONDS)
 
     def _wait_while_paused(self) -> None:
-        if self.home.paused.exists():
+        """A round that is open is finished first, also by a server app that was started anew."""
+        if self.home.paused.exists() and self.journal.current() is None:
             self._notice(0, "paused")
             while self.home.paused.exists():
                 self.sleep(POLL_SECONDS)
@@ -161,23 +171,21 @@ class Inbox:
         last = int(self._journal.get(_READ) or 0)
         for note in self._roster.notes(last):
             if note.kind == "withdraw":
-                self._withdraw(note.name)
-            elif note.kind == "refusal":
-                self._tell(f"{note.name} refused: {note.text}")
+                self._withdraw(note)
             last = note.id
         self._journal.note(_READ, last)
 
-    def _withdraw(self, name: str) -> None:
+    def _withdraw(self, note: Note) -> None:
         """Forget a participant's contributions, and ask it no more."""
+        name = note.name
         rounds = self._journal.retract(name, "withdrawn by the participant")
+        self._journal.prune(KEPT_ROUNDS)  # its payloads too
         person = self._roster.by_name(name)
-        if person is not None and person.status != "revoked":
+        joined_anew = person is not None and person.enrolled > note.time
+        if person is not None and not joined_anew and person.status != "revoked":
             self._roster.revoke(name)
-        self._journal.note("withdrawn", sorted({*(self._journal.get("withdrawn") or []), name}))
         told = ", ".join(map(str, rounds)) or "none"
-        self._tell(f"{name} withdrew; its contributions are deleted (rounds: {told})")
-
-    def _tell(self, text: str) -> None:
+        text = f"{name} withdrew; its contributions are deleted (rounds: {told})"
         self._observer(Event("notice", 0, {"text": text}))
 
 
@@ -207,10 +215,11 @@ def alone(cohort: Sequence[str]) -> list[list[str]]:
 
 
 @contextmanager
-def claimed(home: CoordinatorHome, disk: Disk) -> Iterator[None]:
-    """Say which process works on the run; whoever watches over it reads that."""
-    disk.write(home.server_app, str(os.getpid()).encode())
-    try:
-        yield
-    finally:
-        home.server_app.unlink(missing_ok=True)
+def _claimed(home: CoordinatorHome, disk: Disk) -> Iterator[None]:
+    """Hold what says that somebody works on the run; whoever watches over it sees that."""
+    with locked(home.server_app_lock, "its server app runs already"):
+        disk.write(home.server_app, str(os.getpid()).encode())
+        try:
+            yield
+        finally:
+            home.server_app.unlink(missing_ok=True)

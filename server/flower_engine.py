@@ -19,13 +19,14 @@ from cryptography.hazmat.primitives.serialization import (
 
 from ..errors import FlowerError
 from ..flower_commands import (
-    build_bundle,
     bundle_digest,
+    bundle_in,
     environment,
     program,
     run,
     write_project,
 )
+from ..listening import is_free
 from ..processes import Program, free_port
 from ..store import Disk, explained
 from .authority import Authority
@@ -45,6 +46,7 @@ class FlowerEngine:
 
     def prepare(self, authority: Authority) -> None:
         """Write the certificate, the secret and Flower's own configuration."""
+        self._keep_port()
         certificate, key = authority.issue_local()
         self._disk.write(self.authority_file, authority.certificate)
         self._disk.write(self._folder / "certificate.pem", certificate)
@@ -59,13 +61,9 @@ class FlowerEngine:
         )
         self._disk.write(self._folder / "flwr" / "config.toml", site.encode())
 
-    def bundle(self) -> Path:
-        """The bundle of entry points that travels; built on first use."""
-        target = self._folder / "bundle.fab"
-        return target if target.exists() else build_bundle(self._folder, self._disk)
-
     def bundle_digest(self) -> str:
-        return bundle_digest(self.bundle())
+        """SHA-256, in hexadecimal, of the bundle of entry points that travels."""
+        return bundle_digest(bundle_in(self._folder, self._disk))
 
     def superlink(self) -> Program:
         command = [
@@ -123,12 +121,18 @@ class FlowerEngine:
         self._flwr("stop", str(run_id))
 
     def _port(self) -> int:
-        """The SuperLink's port: chosen once, so that what waits for it finds it again."""
+        """The SuperLink's port: kept, so that what waits for it finds it again."""
         file = self._folder / "port"
         if not file.exists():
             self._disk.write(file, str(free_port()).encode())
         with explained(file):
             return int(file.read_text())
+
+    def _keep_port(self) -> None:
+        """Take another port where a program of somebody else's has ours by now."""
+        if not is_free("127.0.0.1", self.port):
+            self.port = free_port()
+            self._disk.write(self._folder / "port", str(self.port).encode())
 
 
 def _toml(path: Path) -> str:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from meadow.processes import free_port
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -94,3 +100,100 @@ def test_bytes_instead_of_gradients_following_the_readme_only(tmp_path: Path) ->
     written = (tmp_path / "runs/bytes/metrics.jsonl").read_text().splitlines()
     last = json.loads(written[-1])
     assert last["round"] == 10 and last["loss"] < json.loads(written[0])["loss"]
+
+
+@pytest.mark.long
+def test_a_deployment_following_the_readme_only(tmp_path: Path) -> None:
+    """One operator, one participant; `meadow demo --deploy` has a test of its own."""
+    demo, operators, participants = code(section("Deploy it"), "sh")
+    assert demo.strip() == "meadow demo --deploy"
+    init, start, approve, status = (shlex.split(x, comments=True) for x in operators.splitlines())
+    join, take_part = (shlex.split(x) for x in participants.splitlines())
+    with Machines(tmp_path) as machines:
+        machines.finish("operator", init)
+        _shorten(tmp_path / "operator" / "run.toml")
+        coordinator = machines.start("operator", start)
+        said = machines.eventually(lambda: re.search(r"(meadow1:\S+)", machines.said(coordinator)))
+        rows = code(section("Your own text"), "json")[0].splitlines()[:2]
+        folder = tmp_path / "participant" / "FOLDER"
+        folder.mkdir()
+        (folder / "notes.txt").write_text(
+            "\n".join(json.loads(row)["response"] for row in rows * 9)
+        )
+        joining = machines.start(
+            "participant", [said[1] if word == "INVITATION" else word for word in join]
+        )
+        assert joining.stdin is not None
+        joining.stdin.write(b"y\n")
+        joining.stdin.close()
+        machines.eventually(lambda: "waits for approval" in machines.said(coordinator))
+        machines.finish("operator", approve)
+        assert joining.wait(120) == 0, machines.said(joining)
+        machines.start("participant", take_part)
+        machines.finish("operator", status)
+        assert coordinator.wait(300) == 0, machines.said(coordinator)
+    assert (tmp_path / "operator/coordinator/run/adapter/adapter_model.safetensors").is_file()
+
+
+def _shorten(path: Path) -> None:
+    """What the README says in words, on a machine of its own and with less work."""
+    text = path.read_text()
+    address = f"127.0.0.1:{free_port()}"
+    for old, new in (
+        ('listen = "0.0.0.0:9440"', f'listen = "{address}"'),
+        ("addresses = []", f'addresses = ["{address}"]'),
+        ("invite = []", 'invite = ["ada"]'),
+        ("\ncount = 10 ", "\ncount = 1 "),
+        ("\nsteps = 10 ", "\nsteps = 1 "),
+        ("max_length = 256 ", "max_length = 32 "),
+    ):
+        assert old in text, old
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
+class Machines:
+    """Two users with homes of their own, and what they have started."""
+
+    def __init__(self, root: Path) -> None:
+        self._root, self._running = root, list[subprocess.Popen[bytes]]()
+        for who in ("operator", "participant"):
+            (root / who / "home").mkdir(parents=True)
+
+    def __enter__(self) -> Machines:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in reversed(self._running):
+            process.terminate()
+        for process in self._running:
+            process.wait(60)
+            assert process.stdin is not None
+            process.stdin.close()
+
+    def start(self, who: str, words: list[str]) -> subprocess.Popen[bytes]:
+        folder = self._root / who
+        with (folder / f"{len(self._running)}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "meadow.cli", *words[1:]],
+                cwd=folder, env={**os.environ, "MEADOW_HOME": str(folder / "home")},
+                stdin=subprocess.PIPE, stdout=log, stderr=log,
+            )  # fmt: skip
+        process.args = folder / log.name
+        self._running.append(process)
+        return process
+
+    def finish(self, who: str, words: list[str]) -> None:
+        process = self.start(who, words)
+        assert process.wait(120) == 0, self.said(process)
+
+    def said(self, process: subprocess.Popen[bytes]) -> str:
+        return Path(str(process.args)).read_text()
+
+    def eventually(self, condition: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + 120
+        while not (found := condition()):
+            logs = [self.said(process) for process in self._running]
+            assert time.monotonic() < deadline and not any(p.poll() for p in self._running), logs
+            time.sleep(0.2)
+        return found

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from meadow.client.systemd_unit import Fence, unit_text
+from meadow.client.systemd_unit import Fence, readable_paths, unit_text
 from meadow.errors import ConfigError
 
 FOLDER, HOME = Path("/var/lib/meadow/clients/ada"), Path("/var/lib/meadow")
@@ -38,6 +38,7 @@ def test_limits_text_and_gpu_are_said() -> None:
     said = settings(unit_text("ada", FOLDER, HOME, fence))
     assert said["MemoryMax"] == ["4000M"] and said["CPUQuota"] == ["150%"]
     assert said["ReadOnlyPaths"] == [str(text)] and said["PrivateDevices"] == ["no"]
+    assert said["ReadWritePaths"] == [f"{FOLDER} {HOME}"]  # where the lock of a GPU is
     assert said["ProtectHome"] == ["read-only"]  # or it could not read the text
 
 
@@ -64,3 +65,10 @@ def test_systemd_finds_nothing_wrong(tmp_path: Path) -> None:
     )
     assert found.returncode == 0, found.stderr
     assert str(unit) not in found.stderr, found.stderr
+
+
+def test_what_has_to_be_readable_follows_from_sources(tmp_path: Path) -> None:
+    (tmp_path / "[odd] name").mkdir()
+    sources = ["nano", "datasets:some/name", f"datasets:{tmp_path}", f"{tmp_path}/a/**/*.jsonl"]
+    assert readable_paths(sources) == (tmp_path, tmp_path / "a")
+    assert readable_paths([str(tmp_path / "[odd] name"), ""]) == (tmp_path / "[odd] name",)

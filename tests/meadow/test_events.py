@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from meadow.errors import StorageError
-from meadow.events import FORMAT, Event, EventLog, tee
+from meadow.events import FORMAT, Event, EventLog, EventTail, last_events, tee
 
 
 def rows(path: Path) -> list[dict[str, object]]:
@@ -63,3 +63,68 @@ def test_all_observers_are_told_in_order() -> None:
     event = Event("notice")
     tee(lambda e: told.append((1, e)), lambda e: told.append((2, e)))(event)
     assert told == [(1, event), (2, event)]
+
+
+def test_a_tail_tells_what_is_appended_from_now_on_and_once(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path)
+    log(Event("notice", 1, {"text": "before"}))
+    tail = EventTail(path)
+    assert list(tail.read()) == []
+    for number in (2, 3):
+        log(Event("round_opened", number, {"cohort": ["ada"]}))
+    told = list(tail.read())
+    assert [(event.kind, event.round) for event in told] == [
+        ("round_opened", 2),
+        ("round_opened", 3),
+    ]
+    assert told[0].data["cohort"] == ["ada"] and list(tail.read()) == []
+    log.close()
+
+
+def test_a_tail_may_be_there_before_the_log(tmp_path: Path) -> None:
+    tail = EventTail(tmp_path / "events.jsonl")
+    assert list(tail.read()) == []
+    log = EventLog(tmp_path / "events.jsonl")
+    log(Event("notice", 7))
+    log.close()
+    assert [event.round for event in tail.read()] == [7]
+
+
+def test_a_line_is_told_once_it_is_whole_however_it_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path)
+    for number in range(3):
+        log(Event("notice", number, {"text": "é"}))
+    log.close()
+    data = path.read_bytes()
+    path.write_bytes(b"")
+    tail, told = EventTail(path), []
+    for at in range(len(data)):
+        with path.open("ab") as file:
+            file.write(data[at : at + 1])
+        told += [event.round for event in tail.read()]
+        assert len(told) == data[: at + 1].count(b"\n")
+    assert told == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "line", [b"", b"{", b"[]", b'"text"', b"1", b'{"kind": "notice"}', b"\xff"]
+)
+def test_what_is_no_event_is_passed_over(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "events.jsonl"
+    tail = EventTail(path)
+    path.write_bytes(line + b'\n{"kind": "notice", "round": 5, "time": 1.0}\n')
+    assert [event.round for event in tail.read()] == [5]
+    assert [event.data["time"] for event in last_events(path, 3)] == [1.0]
+
+
+def test_the_newest_events_come_oldest_first(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    assert last_events(path, 3) == []
+    log = EventLog(path)
+    for number in range(6000):  # more than is looked at
+        log(Event("notice", number, {"text": "x" * 50}))
+    log.close()
+    assert [event.round for event in last_events(path, 3)] == [5997, 5998, 5999]
+    assert len(last_events(path, 10**6)) < 6000

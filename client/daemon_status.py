@@ -1,0 +1,62 @@
+"""What a participant's daemon is doing and has done, also where it does not run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, FormatError, TrainerError
+from ..file_lock import is_held
+from .home import LOCK, OUTGOING, PAUSED, SOCKET
+from .membership import Membership
+from .outgoing_log import read
+from .trainer_link import STATUS, TrainerLink
+
+_PATIENCE = 1.0  # seconds for the trainer's answer
+
+
+def status_of(folder: Path) -> dict[str, Any]:
+    """The trainer's own status where it answers, and what the folder says in any case."""
+    membership = Membership.load(folder)
+    found = {
+        "name": membership.name,
+        "folder": str(folder),
+        "addresses": list(membership.addresses),
+        "daemon": is_held(folder / LOCK),
+        "trainer": False,
+        "paused": (folder / PAUSED).exists(),
+        "certificate_expires": _expires(membership),
+        "sent": _sent(folder / OUTGOING),
+    }
+    return found | _trainer(folder) if found["daemon"] else found
+
+
+def _trainer(folder: Path) -> dict[str, Any]:
+    """The trainer's word; nothing while it is being started."""
+    try:
+        with TrainerLink(folder / SOCKET, _PATIENCE) as link:
+            return {**json.loads(link.call(STATUS)), "trainer": True}
+    except TrainerError:
+        return {}
+
+
+def _expires(membership: Membership) -> float:
+    """When the certificate ends (Unix seconds); 0 where there is none."""
+    try:
+        return membership.lifetime()[1]
+    except FormatError:
+        return 0.0
+
+
+def _sent(log: Path) -> dict[str, Any]:
+    """How much has left, by the log.  JournalError where that was changed."""
+    entries = read(log) if log.exists() else []
+    last = entries[-1].time if entries else 0.0
+    return {"messages": len(entries), "bytes": sum(e.bytes for e in entries), "last": last}
+
+
+def require_running(folder: Path) -> None:
+    """Raise ConfigError unless the daemon of this folder runs."""
+    if not is_held(folder / LOCK):
+        raise ConfigError("this participant's daemon is not running", "`meadow client` starts it")

@@ -1,0 +1,121 @@
+"""What is lost on its way is asked again; what a participant refuses is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pytest
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+
+from meadow.server.app import GridPeers, wrap
+from meadow.server.coordinator import Refusal
+from meadow.simulation.grid import LocalGrid
+
+MESSAGE_UNAVAILABLE, REPLY_UNAVAILABLE, NODE_UNAVAILABLE, APP_CRASHED = 3, 4, 5, 8
+RAISED, MEADOWS_OWN = 2, 100
+NODES = {"ada": 1, "bob": 2}
+
+Act = Callable[[int, Message], Message]
+
+
+class Away(LocalGrid):
+    """Nodes of which some are away for so many questions."""
+
+    def __init__(self, act: Act, away: Mapping[int, int] | None = None) -> None:
+        app = ClientApp()
+        self.times = dict.fromkeys(NODES.values(), 0)
+
+        @app.train()
+        def train(message: Message, context: Context) -> Message:
+            self.times[context.node_id] += 1
+            return act(self.times[context.node_id], message)
+
+        super().__init__(app, len(NODES))
+        self.away = dict(away or {})
+        self.sent_to: list[int] = []
+
+    def get_node_ids(self) -> Iterable[int]:
+        gone = {node for node, questions in self.away.items() if questions > 0}
+        self.away = {node: questions - 1 for node, questions in self.away.items()}
+        return [node for node in NODES.values() if node not in gone]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        listed = list(messages)
+        self.sent_to += [message.metadata.dst_node_id for message in listed]
+        return super().push_messages(listed)
+
+
+def peers_of(grid: LocalGrid, nodes: Callable[[], Mapping[str, int]] = lambda: NODES) -> GridPeers:
+    return GridPeers(grid, nodes, lambda cohort: [[name] for name in cohort])
+
+
+def asked(peers: GridPeers, seconds: float = 60.0) -> dict[str, Any]:
+    return dict(peers.ask("train", list(NODES), str.encode, seconds))
+
+
+def fails_first(code: int) -> Act:
+    """The first question of each node ends in an error, the others in an answer."""
+
+    def act(times: int, message: Message) -> Message:
+        if times == 1:
+            return Message(Error(code, "the reason"), reply_to=message)
+        return Message(message.content, reply_to=message)
+
+    return act
+
+
+@pytest.mark.parametrize(
+    "code", [MESSAGE_UNAVAILABLE, REPLY_UNAVAILABLE, NODE_UNAVAILABLE, APP_CRASHED]
+)
+def test_what_is_lost_is_asked_again(code: int) -> None:
+    grid = Away(fails_first(code))
+    assert asked(peers_of(grid)) == {"ada": b"ada", "bob": b"bob"}
+    assert grid.times == {1: 2, 2: 2}
+
+
+@pytest.mark.parametrize("code", [RAISED, MEADOWS_OWN])
+def test_a_refusal_is_final(code: int) -> None:
+    grid = Away(fails_first(code))
+    assert asked(peers_of(grid)) == dict.fromkeys(NODES, Refusal("the reason"))
+    assert grid.times == {1: 1, 2: 1}
+
+
+def test_a_node_is_asked_again_only_once_it_is_back() -> None:
+    grid = Away(fails_first(NODE_UNAVAILABLE), away={2: 5})
+    assert asked(peers_of(grid)) == {"ada": b"ada", "bob": b"bob"}
+    assert grid.sent_to.count(2) == 2 and grid.away[2] <= 0
+
+
+def test_who_stays_away_is_waited_for_until_the_deadline() -> None:
+    grid = Away(fails_first(NODE_UNAVAILABLE), away={2: 10**9})
+    assert asked(peers_of(grid), 0.2) == {"ada": b"ada"}
+    assert grid.sent_to.count(2) == 1
+
+
+def test_who_may_not_take_part_any_more_is_not_waited_for() -> None:
+    nodes = dict(NODES)
+
+    def silent(times: int, message: Message) -> Message:
+        nodes.pop("bob", None)  # revoked while it works
+        return Message(Error(NODE_UNAVAILABLE, "away"), reply_to=message)
+
+    grid = Away(silent, away={1: 10**9, 2: 10**9})
+    answers = peers_of(grid, lambda: nodes).ask("train", list(NODES), str.encode, 600.0)
+    name, reply = next(answers)
+    assert name == "bob" and isinstance(reply, Refusal) and "take part" in reply
+
+
+def test_what_is_lost_after_its_time_is_no_late_answer() -> None:
+    late: list[str] = []
+
+    def second(times: int, message: Message) -> Message:
+        lost = Message(Error(NODE_UNAVAILABLE, "away"), reply_to=message)
+        return lost if times == 1 else Message(wrap(b"now"), reply_to=message)
+
+    grid = Away(second)
+    peers = GridPeers(grid, lambda: NODES, lambda cohort: [[n] for n in cohort], 0.0, late.append)
+    assert list(peers.ask("train", list(NODES), str.encode, 0.0)) == []
+    assert asked(peers) == {"ada": b"now", "bob": b"now"}
+    assert late == [] and not peers._late
