@@ -334,7 +334,7 @@ def _absolute(config: Config, folder: Path) -> Config:
     changed["coordinator"] = {
         key: str((folder / value).resolve())
         for key, value in (("certificate", own.certificate), ("key", own.key))
-        if value
+        if value and (folder / value).exists()
     }
     return config.replace(**changed)
 
