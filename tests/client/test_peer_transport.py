@@ -116,13 +116,12 @@ def test_calls_to_one_peer_wait_for_each_other() -> None:
 
 def test_who_waits_too_long_for_the_others_gives_up() -> None:
     gate = Gate()
-    ada, bob = Node(1, limits=replace(QUICK, seconds=1.0, concurrent=1)), Node(2, gate)
-    with running(ada, bob), ThreadPoolExecutor(2) as threads:
-        calls = [threads.submit(ada.transport.call, bob.peer, "pull", b"") for _ in range(2)]
-        errors = [call.exception() for call in calls]
+    with running(ada := Node(1, limits=replace(QUICK, concurrent=1)), bob := Node(2, gate)):
         gate.open.set()
-        assert [type(error) for error in errors] == [PeerError] * 2
-        assert gate.inside == [b""]  # the other side has heard of one only
+        with ada.transport._link(bob.peer) as link, link.slots.one(0.0) as taken:
+            assert taken and reason(ada, bob.peer) == "busy"
+            assert gate.inside == []  # the other side has heard of nothing
+        assert ada.transport.call(bob.peer, "pull", b"") == b"done"
 
 
 def test_a_limited_caller_waits_as_told_and_loses_nothing() -> None:
