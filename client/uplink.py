@@ -15,9 +15,10 @@ from pathlib import Path
 
 from ..closeable import Closeable
 from ..errors import GatewayError
-from ..fleet_routes import REFUSAL, REQUEST_HEADERS
+from ..fleet_routes import ACTIVATE, DEACTIVATE, REFUSAL, REQUEST_HEADERS
 from ..identity import Identity
 from ..store import Disk, explained
+from .departure import departure
 from .flower_key import FlowerKey
 from .gateway_client import Enrolment, GatewayClient, good
 from .gateway_connection import Answer
@@ -65,11 +66,19 @@ class Uplink(Closeable):
         """
         client = self.client()
         kept = {name: headers[name] for name in REQUEST_HEADERS if name in headers}
+        if path == ACTIVATE:
+            self._depart(client, kept)
         answer = client.signed("POST", path, body, kept | self._key.headers(client.now()))
         if answer.status == 401 and REFUSAL.lower() not in answer.headers:
             client.open_session(client.session)  # one of the clocks was set anew
             answer = client.signed("POST", path, body, kept | self._key.headers(client.now()))
         return _passed(answer)
+
+    def _depart(self, client: GatewayClient, kept: dict[str, str]) -> None:
+        """Take leave for the SuperNode before this one; no harm where it did so itself."""
+        if node := client.membership.node_id:
+            body, headers = departure(int(node)), kept | self._key.headers(client.now())
+            client.signed("POST", DEACTIVATE, body, headers)
 
     def refusal(self, round: int, reason: str) -> None:
         """Tell the coordinator; one that cannot be reached reads it nowhere."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 FLEET = "/v1/fleet/"
+ACTIVATE = FLEET + "activate-node"
+DEACTIVATE = FLEET + "deactivate-node"
 PULL_MESSAGES = FLEET + "pull-messages"
 CONFIRM = FLEET + "confirm-message-received"
 GET_FAB = FLEET + "get-fab"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -23,6 +24,9 @@ VERBS = {"train": "train", "evaluate": "evaluate"}
 _LOST = frozenset({3, 4, 5, 8})
 """Errors of Flower's own by which nobody refuses: a message, its answer, the SuperNode or its
 client process is gone (flwr.common.constant.ErrorCode)."""
+
+_LOOK_SECONDS = 1.0
+"""Between two questions whether a SuperNode has begun anew."""
 
 _GONE = "it does not take part any more"
 
@@ -70,18 +74,28 @@ class GridPeers:
         deadline_seconds: float,
     ) -> Iterator[tuple[str, bytes | Refusal]]:
         deadline = time.monotonic() + deadline_seconds
+        begun = Begun(self._grid)
         pending = self._push(verb, names, payload, deadline_seconds)
         lost: set[str] = set()
         try:
             while (pending or lost) and (left := deadline - time.monotonic()) > 0:
                 yield from self._answers(pending, lost)
+                self._forget(pending, begun.anew(), lost)
                 if back := sorted(lost.intersection(self.names() if lost else ())):
                     lost.difference_update(back)
+                    begun.note(map(self._nodes().__getitem__, back))
                     pending |= self._push(verb, back, payload, left)
                 self._drop_late()
                 time.sleep(self._poll)
         finally:
             self._late |= pending
+
+    def _forget(self, pending: dict[str, str], nodes: set[int], lost: set[str]) -> None:
+        """What SuperNodes had received that have begun anew is lost, as far as we wait for it."""
+        names = {name for name, node in self._nodes().items() if node in nodes} if nodes else set()
+        for message_id in [id for id, name in pending.items() if name in names]:
+            lost.add(pending[message_id])
+            self._late[message_id] = pending.pop(message_id)
 
     def _answers(
         self, pending: dict[str, str], lost: set[str]
@@ -128,6 +142,33 @@ class GridPeers:
         for name, reply in self._pull(self._late):
             if not isinstance(reply, _Lost):
                 self._on_late(name)
+
+
+class Begun:
+    """When each SuperNode has begun, where a grid says so: Flower's own does, by `get_nodes`."""
+
+    def __init__(self, grid: Grid, clock: Callable[[], float] = time.monotonic) -> None:
+        self._look: Callable[[], Iterable[Any]] = getattr(grid, "get_nodes", tuple)
+        self._clock = clock
+        self._known = self._now()
+        self._not_before = clock() + _LOOK_SECONDS
+
+    def anew(self) -> set[int]:
+        """The nodes that have begun anew since the last look, which is now and then."""
+        if self._clock() < self._not_before:
+            return set()
+        self._not_before = self._clock() + _LOOK_SECONDS
+        before, self._known = self._known, self._known | self._now()
+        return {node for node, begun in before.items() if self._known[node] != begun}
+
+    def note(self, nodes: Iterable[int]) -> None:
+        """These are asked now: only what comes after counts."""
+        now = self._now()
+        self._known |= {node: now[node] for node in nodes if node in now}
+
+    def _now(self) -> dict[int, str]:
+        """Of all that are online."""
+        return {int(node.node_id): str(node.last_activated_at) for node in self._look()}
 
 
 class _Lost(Refusal):

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from deployments import PEOPLE, CommandFailed, Deployment, small_config
@@ -66,6 +67,7 @@ def test_a_run_outlives_what_happens_to_its_participants(short_path: Path) -> No
         for refusal in (used_by_another, agreed_with_another_version):
             deployment.at = refusal.__name__
             refusal(deployment, words[EMAIL])
+        deployment.tell_address(HTTP, deployment.port)  # the wire is EMAIL's alone
         deployment.at = "round 1"
         deployment.train()
         for number, fault in enumerate(FAULTS, 2):
@@ -158,21 +160,19 @@ def slow_link(deployment: Deployment, number: int, wire: TcpProxy) -> None:
 
 def delivered_twice(deployment: Deployment, number: int, wire: TcpProxy) -> None:
     """An answer reaches the SuperLink, whose receipt gets lost: so it is sent once more."""
+    node = Membership.load(deployment.folder(EMAIL)).node_id
 
-    def pushes() -> int:
-        return (
-            (deployment.home.logs / "superlink.log")
-            .read_text()
-            .count('"POST /v1/fleet/push-messages HTTP/1.1" 200')
-        )
+    def deliveries() -> int:
+        log = (deployment.home.logs / "superlink.log").read_text(errors="replace")
+        return log.count(f"Push replies from node_id={node}")
 
     with answering(deployment, number):
-        before, wire.deaf = pushes(), True
-    deployment.wait("answer at the SuperLink", lambda: pushes() > before)
+        before, wire.deaf = deliveries(), True
+    deployment.wait("answer at the SuperLink", lambda: deliveries() > before)
     deployment.wait("receipt that nobody hears", lambda: wire.swallowed > 0)
     wire.deaf = False
     wire.hang_up()
-    deployment.wait("second delivery", lambda: pushes() > before + 1)
+    deployment.wait("second delivery", lambda: deliveries() > before + 1)
 
 
 def moved(deployment: Deployment, number: int, wire: TcpProxy) -> None:
@@ -183,9 +183,7 @@ def moved(deployment: Deployment, number: int, wire: TcpProxy) -> None:
         deployment.reach_at(listen=port, address=port)
         deployment.start_coordinator()
         for name in PEOPLE:
-            own = Membership.load(deployment.folder(name))
-            new = dataclasses.replace(own, addresses=(f"127.0.0.1:{port}",))
-            new.save(deployment.folder(name), Disk())
+            deployment.tell_address(name, port)
 
 
 # Text and disks
@@ -198,7 +196,8 @@ def text_changed(deployment: Deployment, number: int, wire: TcpProxy) -> None:
         text.write_text(f"{text.read_text()}{row}\n")
         reason = refusal_in(deployment, number, EMAIL)
         assert "text has changed since the run began" in reason
-        assert "text has changed since the run began" in deployment.client(EMAIL, "status")
+        outcomes = [row["outcome"] for row in status_of(deployment, EMAIL)["recent"]]
+        assert any(reason in outcome for outcome in outcomes)
 
 
 def text_malformed(deployment: Deployment, number: int, wire: TcpProxy) -> None:
@@ -208,7 +207,7 @@ def text_malformed(deployment: Deployment, number: int, wire: TcpProxy) -> None:
         text.write_text('{"prompt": "never closed\n')
         reason = refusal_in(deployment, number, EMAIL)
         assert reason == "the participant's text cannot be used"
-        assert "rows.jsonl" in deployment.client(EMAIL, "status")
+        assert "rows.jsonl" in status_of(deployment, EMAIL)["fault"]
 
 
 def participants_disk_full(deployment: Deployment, number: int, wire: TcpProxy) -> None:
@@ -295,6 +294,13 @@ def refusal_in(deployment: Deployment, number: int, who: str) -> str:
     """Why somebody does not contribute to a round, which is begun."""
     deployment.begin(number)
     return refusal_event(deployment, number, who)
+
+
+def status_of(deployment: Deployment, who: str) -> dict[str, Any]:
+    """What a participant is told by `meadow client status`."""
+    deployment.client(who, "status", "--json", "status.json")
+    found: dict[str, Any] = json.loads((deployment.stage.out / who / "status.json").read_text())
+    return found
 
 
 def refusal_event(deployment: Deployment, number: int, who: str) -> str:

@@ -35,6 +35,11 @@ def part(name: str, who: str = EMAIL) -> Kill:
     return lambda deployment: deployment.kill(deployment.part(who, name))
 
 
+def both_ends_of_the_wire(deployment: Deployment) -> None:
+    service("gateway")(deployment)
+    part("forwarder")(deployment)
+
+
 def daemon(deployment: Deployment) -> None:
     """The participant's supervisor, which the system starts again."""
     deployment.kill_command(deployment.daemons[EMAIL])
@@ -55,15 +60,11 @@ def supernode_here_client_process_there(deployment: Deployment) -> None:
 
 FAULTS: tuple[tuple[str, Point, Kill], ...] = (
     ("gateway, message sent", sent, service("gateway")),
-    ("gateway, answer on its way", answering, service("gateway")),
     ("superlink, training", training, service("superlink")),
-    ("superlink, answer on its way", answering, service("superlink")),
-    ("superexec, training", training, service("superexec")),
+    ("gateway and forwarder, answer on its way", answering, both_ends_of_the_wire),
+    ("superexec, closing", closing, service("superexec")),
     ("server app, training", training, service("server app")),
-    ("server app, closing", closing, service("server app")),
-    ("forwarder, answer on its way", answering, part("forwarder")),
     ("trainer, training", training, part("trainer")),
-    ("trainer, closing", closing, part("trainer")),
     ("supernode, client process", answering_and_training, supernode_here_client_process_there),
     ("daemon, training", training, daemon),
     ("supervisor, answer on its way", answering, supervisor),

@@ -7,6 +7,7 @@ for a time that was guessed.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ import torch
 from safetensors.torch import load_file
 
 from meadow.client.home import OUTGOING
+from meadow.client.membership import Membership
 from meadow.client.outgoing_log import Entry, read
 from meadow.client.rows import Row
 from meadow.client.sources import read_rows
@@ -33,6 +35,7 @@ from meadow.processes import free_port, is_alive
 from meadow.server.coordinator_home import CoordinatorHome
 from meadow.simulation.deploy_demo import Process, Stage, processes_in
 from meadow.simulation.engine import simulate
+from meadow.store import Disk
 
 PEOPLE = ("email", "http")
 """Two of nano's participants; each is given a few rows of its own."""
@@ -330,6 +333,12 @@ class Deployment(Closeable):
         own = {"listen": f"127.0.0.1:{listen}", "addresses": [f"127.0.0.1:{address}"]}
         self.config = self.config.replace(coordinator=own)
         self._write_settings()
+
+    def tell_address(self, who: str, port: int) -> None:
+        """What a participant does on hearing that the coordinator has moved."""
+        own = Membership.load(self.folder(who))
+        new = dataclasses.replace(own, addresses=(f"127.0.0.1:{port}",))
+        new.save(self.folder(who), Disk())
 
     def _write_settings(self) -> None:
         settings = write(self.config)

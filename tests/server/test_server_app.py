@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
+from meadow.server import app
 from meadow.server.app import GridPeers, wrap
 from meadow.server.coordinator import Refusal
 from meadow.simulation.grid import LocalGrid
@@ -24,15 +26,15 @@ class Away(LocalGrid):
     """Nodes of which some are away for so many questions."""
 
     def __init__(self, act: Act, away: Mapping[int, int] | None = None) -> None:
-        app = ClientApp()
+        client = ClientApp()
         self.times = dict.fromkeys(NODES.values(), 0)
 
-        @app.train()
+        @client.train()
         def train(message: Message, context: Context) -> Message:
             self.times[context.node_id] += 1
             return act(self.times[context.node_id], message)
 
-        super().__init__(app, len(NODES))
+        super().__init__(client, len(NODES))
         self.away = dict(away or {})
         self.sent_to: list[int] = []
 
@@ -45,6 +47,37 @@ class Away(LocalGrid):
         listed = list(messages)
         self.sent_to += [message.metadata.dst_node_id for message in listed]
         return super().push_messages(listed)
+
+
+class Forgetful(Away):
+    """Says when its nodes began; one of them begins anew with its first message in hand."""
+
+    def __init__(self, restarts: int) -> None:
+        super().__init__(lambda times, message: Message(message.content, reply_to=message))
+        self.began = dict.fromkeys(NODES.values(), 0)
+        self.restarts = restarts
+        self.forgotten = 0
+
+    def get_nodes(self) -> list[SimpleNamespace]:  # type: ignore[override]
+        return [
+            SimpleNamespace(node_id=node, last_activated_at=str(self.began[node]))
+            for node in self.get_node_ids()
+        ]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        wanted = list(message_ids)
+        mine = [i for i in wanted if i in self._queue and self._node_of(i) == 2]
+        if mine and self.forgotten < self.restarts:
+            self.forgotten += 1
+            self.began[2] += 1
+            self._queue.pop(mine[0])
+        queued = [i for i in wanted if i in self._queue]
+        for message_id in queued:
+            self._work([message_id])
+        return [self._done.pop(i) for i in wanted if i in self._done]
+
+    def _node_of(self, message_id: str) -> int:
+        return int(self._queue[message_id].metadata.dst_node_id)
 
 
 def peers_of(grid: LocalGrid, nodes: Callable[[], Mapping[str, int]] = lambda: NODES) -> GridPeers:
@@ -92,6 +125,29 @@ def test_who_stays_away_is_waited_for_until_the_deadline() -> None:
     grid = Away(fails_first(NODE_UNAVAILABLE), away={2: 10**9})
     assert asked(peers_of(grid), 0.2) == {"ada": b"ada"}
     assert grid.sent_to.count(2) == 1
+
+
+@pytest.mark.parametrize("restarts", [0, 1, 3])
+def test_what_a_supernode_had_in_hand_when_it_began_anew_is_asked_again(
+    restarts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "_LOOK_SECONDS", 0.0)
+    grid = Forgetful(restarts)
+    assert asked(peers_of(grid)) == {"ada": b"ada", "bob": b"bob"}
+    assert grid.times == {1: 1, 2: 1} and grid.sent_to.count(2) == 1 + restarts
+
+
+def test_a_node_that_is_asked_again_is_known_to_have_begun_anew() -> None:
+    grid = Forgetful(0)
+    begun = app.Begun(grid, clock=iter(range(0, 1000, 10)).__next__)
+    assert begun.anew() == set()
+    grid.began[2] += 1
+    assert begun.anew() == {2} and begun.anew() == set()
+    grid.began[2] += 1
+    begun.note([2])
+    assert begun.anew() == set()
+    grid.away = {2: 1}
+    assert begun.anew() == set()
 
 
 def test_who_may_not_take_part_any_more_is_not_waited_for() -> None:
