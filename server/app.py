@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -145,11 +144,10 @@ class GridPeers:
 
 
 class Begun:
-    """When each SuperNode has begun, where a grid says so: Flower's own does, by `get_nodes`."""
+    """When each SuperNode has begun; a grid without processes of its own says it of none."""
 
     def __init__(self, grid: Grid, clock: Callable[[], float] = time.monotonic) -> None:
-        self._look: Callable[[], Iterable[Any]] = getattr(grid, "get_nodes", tuple)
-        self._clock = clock
+        self._grid, self._clock = grid, clock
         self._known = self._now()
         self._not_before = clock() + _LOOK_SECONDS
 
@@ -168,7 +166,7 @@ class Begun:
 
     def _now(self) -> dict[int, str]:
         """Of all that are online."""
-        return {int(node.node_id): str(node.last_activated_at) for node in self._look()}
+        return {node.node_id: node.last_activated_at for node in self._grid.get_nodes()}
 
 
 class _Lost(Refusal):

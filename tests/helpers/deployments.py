@@ -158,10 +158,6 @@ class Deployment(Closeable):
     def resume(self) -> None:
         self.home.paused.unlink(missing_ok=True)
 
-    def say(self, text: str) -> None:
-        if os.environ.get("FA_TRACE"):
-            print(f"{time.monotonic():9.1f} {self.at}: {text}", flush=True)  # noqa: T201
-
     def begin(self, number: int) -> None:
         """Let a round begin, and no further one."""
         self.resume()
@@ -170,7 +166,6 @@ class Deployment(Closeable):
 
     def end(self, number: int) -> None:
         self.wait(f"round {number} to close", lambda: bool(self.events("round_closed", number)))
-        self.say("closed")
 
     def finish(self) -> None:
         """The last round is done: wait for the adapter and the coordinator's own end."""

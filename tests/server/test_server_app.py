@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
+from flwr.proto.node_pb2 import NodeInfo
 
 from meadow.server import app
 from meadow.server.app import GridPeers, wrap
@@ -58,9 +58,9 @@ class Forgetful(Away):
         self.restarts = restarts
         self.forgotten = 0
 
-    def get_nodes(self) -> list[SimpleNamespace]:  # type: ignore[override]
+    def get_nodes(self) -> list[NodeInfo]:
         return [
-            SimpleNamespace(node_id=node, last_activated_at=str(self.began[node]))
+            NodeInfo(node_id=node, last_activated_at=str(self.began[node]))
             for node in self.get_node_ids()
         ]
 
