@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -18,6 +19,8 @@ from .peer_net import grpc
 
 SERVICE = "/meadow.Trainer/"
 TRAIN, EVALUATE, STATUS, DRY_RUN = "train", "evaluate", "status", "dry-run"
+GREET = "greet"
+"""Asked before each of the others, and answered at once."""
 VERBS = (TRAIN, EVALUATE, STATUS, DRY_RUN)
 """The closed list of what can be asked."""
 
@@ -33,7 +36,9 @@ OPTIONS: list[tuple[str, int]] = [
 _LONGEST_PATH = 107  # bytes; what the system takes for a unix socket's name, on Linux
 _MOST_LOST = 3
 _PAUSE = 0.2  # seconds
-_REACHED = 1.0  # seconds; a call that lasted longer had reached the trainer
+_WORKED = 1.0  # seconds; a trainer that is stopping says so sooner
+_GREETING = 1.0  # seconds that it may take at least, however little patience is left
+_CONNECTION = 5.0  # seconds that a busy machine may take over one
 
 
 def target(socket: Path) -> str:
@@ -54,7 +59,8 @@ class TrainerLink(Closeable):
         self, socket: Path, patience: float = 300.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         options = [*OPTIONS, ("grpc.initial_reconnect_backoff_ms", 100)]
-        options += [("grpc.min_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000)]
+        options += [("grpc.max_reconnect_backoff_ms", 1000)]
+        options += [("grpc.min_reconnect_backoff_ms", int(1000 * _CONNECTION))]
         self._channel = grpc.insecure_channel(target(socket), options)
         self._patience, self._clock = patience, clock
 
@@ -65,30 +71,40 @@ class TrainerLink(Closeable):
         """
         away_since, lost = self._clock(), 0
         while True:
+            self._reach(self._patience - (self._clock() - away_since))
             begun = self._clock()
             try:
                 return self._attempt(verb, body)
             except _Away as away:
-                if self._clock() - begun > _REACHED:
+                if self._clock() - begun > _WORKED:
                     away_since, lost = self._clock(), lost + 1
                 if lost >= _MOST_LOST:
                     raise TrainerError(f"the trainer ended {lost} times over one request") from away
-                if self._clock() - away_since >= self._patience:
-                    hint = "`meadow client` starts it; its log says why it ended"
-                    raise TrainerError("the participant's trainer is not running", hint) from away
             time.sleep(_PAUSE)
+
+    def _reach(self, seconds: float) -> None:
+        """Wait until the trainer greets, so long at most."""
+        end = time.monotonic() + max(seconds, _GREETING)
+        while (left := end - time.monotonic()) > 0:
+            with suppress(_Away):
+                self._attempt(GREET, b"", left)
+                return
+            time.sleep(min(_PAUSE, left))
+        hint = "`meadow client` starts it; its log says why it ended"
+        raise TrainerError("the participant's trainer is not running", hint)
 
     def close(self) -> None:
         self._channel.close()
 
-    def _attempt(self, verb: str, body: bytes) -> bytes:
+    def _attempt(self, verb: str, body: bytes, patience: float | None = None) -> bytes:
+        """The answer; with `patience` (seconds), only if it comes so soon."""
         method: grpc.UnaryUnaryMultiCallable[bytes, bytes]
         method = self._channel.unary_unary(SERVICE + verb)
         try:
-            return method(body)
+            return method(body, timeout=patience, wait_for_ready=patience is not None)
         except grpc.RpcError as error:
             code, text = _code_of(error), _details_of(error)
-            if code is grpc.StatusCode.UNAVAILABLE:
+            if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                 raise _Away(text) from error
             if code is grpc.StatusCode.FAILED_PRECONDITION:
                 raise TrainerError(text) from error

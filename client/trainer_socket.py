@@ -12,7 +12,7 @@ from ..closeable import Closeable
 from ..errors import MeadowError, TrainerError
 from .home import require_private
 from .peer_net import grpc
-from .trainer_link import OPTIONS, SERVICE, target
+from .trainer_link import GREET, OPTIONS, SERVICE, target
 from .work_limits import Stopping
 
 Handler = Callable[[str, bytes, Callable[[], bool]], bytes]
@@ -49,6 +49,8 @@ class TrainerSocket(Closeable):
         self._workers.shutdown()
 
     def _serve(self, verb: str, body: bytes, context: grpc.ServicerContext) -> bytes:
+        if verb == GREET:
+            return b""
         try:
             return self._handler(verb, body, context.is_active)
         except Stopping as error:

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from ..message_pieces import cut, joined
 from .coordinator import Refusal
+from .reply_collector import Collector, Direct, Replies
 
 VERBS = {"train": "train", "evaluate": "evaluate"}
 """meadow's closed list of verbs and the Flower message type that each travels in."""
@@ -41,6 +42,7 @@ def wrap(payload: bytes) -> RecordDict:
 class GridPeers:
     """Flower's nodes as `Peers`: one message and one reply in memory at a time.
 
+    `elsewhere` says that the nodes are other machines, whose replies may come slowly or not at all.
     What is lost on its way, because a process at either end was killed, is asked again once the
     node is online: a participant answers with the same bytes.  Replies that come when nobody waits
     for them any more are pulled and dropped, by name.
@@ -53,9 +55,11 @@ class GridPeers:
         groups: Callable[[Sequence[str]], list[list[str]]],
         poll: float = 0.0,
         on_late: Callable[[str], None] = lambda name: None,
+        elsewhere: bool = False,
     ) -> None:
         self._grid, self._nodes, self._groups = grid, nodes, groups
         self._poll, self._on_late = poll, on_late
+        self._replies: Replies[Message] = (Collector if elsewhere else Direct)(self._pull_one)
         self._late: dict[str, str] = {}  # message id to name
 
     def names(self) -> list[str]:
@@ -133,9 +137,11 @@ class GridPeers:
         return pending
 
     def _pull(self, pending: dict[str, str]) -> Iterator[tuple[str, bytes | Refusal]]:
-        for message_id in sorted(pending):
-            for reply in self._grid.pull_messages([message_id]):
-                yield pending.pop(message_id), _unwrap(reply)
+        for message_id, reply in self._replies.of(pending):
+            yield pending.pop(message_id), _unwrap(reply)
+
+    def _pull_one(self, message_id: str) -> list[Message]:
+        return list(self._grid.pull_messages([message_id]))
 
     def _drop_late(self) -> None:
         for name, reply in self._pull(self._late):
@@ -205,6 +211,7 @@ def deployed(grid: Grid, context: Context) -> None:
     from . import deployment  # loads torch
 
     def peers_of(nodes: Nodes, on_late: Callable[[str], None]) -> GridPeers:
-        return GridPeers(grid, nodes, deployment.alone, deployment.POLL_SECONDS, on_late)
+        poll, alone = deployment.POLL_SECONDS, deployment.alone
+        return GridPeers(grid, nodes, alone, poll, on_late, elsewhere=True)
 
     deployment.serve(Path(os.environ["MEADOW_COORDINATOR"]), peers_of)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .gateway_superlink import Pulled
+from .gateway_superlink import Whole
 
 MOST_TIMES = 5
 """Deliveries of one message: what fails so often fails for another reason."""
@@ -20,7 +20,7 @@ KEPT_SECONDS = 600.0
 
 @dataclass
 class _Delivery:
-    pulled: Pulled
+    pulled: Whole
     since: float
     times: int = 1
 
@@ -41,7 +41,7 @@ class Deliveries:
         mine = self._turns[key] = object()
         return lambda: self._turns.get(key) is mine and key not in self._open
 
-    def again(self, key: bytes) -> Pulled | None:
+    def again(self, key: bytes) -> Whole | None:
         """What has to be delivered once more, if anything."""
         delivery = self._open.get(key)
         if delivery is None:
@@ -53,7 +53,7 @@ class Deliveries:
         delivery.times += 1
         return delivery.pulled
 
-    def keep(self, key: bytes, pulled: Pulled) -> None:
+    def keep(self, key: bytes, pulled: Whole) -> None:
         """A message is about to be handed out."""
         if pulled.status == 200 and not pulled.is_empty:
             self._open[key] = _Delivery(pulled, self._clock())

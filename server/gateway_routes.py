@@ -25,16 +25,25 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 
 from ..errors import MeadowError
-from ..fleet_routes import CONFIRM, FLEET_ROUTES, LARGEST_BODY, PUBLIC_KEY, PULL_MESSAGES
+from ..fleet_routes import (
+    CONFIRM,
+    FLEET,
+    FLEET_ROUTES,
+    LARGEST_BODY,
+    PUBLIC_KEY,
+    PULL_MESSAGES,
+    PUSH_MESSAGES,
+)
 from ..signed_request import SESSION, check
 from .gateway_caller import Holder, holder_of, not_barred
 from .gateway_deliveries import Deliveries
 from .gateway_desk import Desk
 from .gateway_limits import Limits
+from .gateway_receipts import Receipts
 from .gateway_refusal import Refusal, answer_of
 from .gateway_request import GRACE_SECONDS, SMALL, Body, check_form, received
 from .gateway_sessions import Sessions
-from .gateway_superlink import SuperLink, pass_back
+from .gateway_superlink import SuperLink, Whole, pass_back
 from .gateway_tls import Shown
 from .participant import Participant
 
@@ -49,7 +58,7 @@ WITHDRAW = "/meadow/v1/withdraw"
 REFUSED = "/meadow/v1/refusal"
 
 _MOST_BODIES = 4  # that are in memory at a time
-_LARGE = frozenset({"/v1/fleet/push-object", "/v1/fleet/push-messages"})
+_LARGE = frozenset({FLEET + "push-object", PUSH_MESSAGES})
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -69,7 +78,8 @@ class Routes:
         to come."""
         self._desk, self._superlink, self._shown = desk, superlink, shown
         self._largest, self._grace = largest, grace
-        self._sessions, self._limits, self._deliveries = Sessions(), Limits(), Deliveries()
+        self._sessions, self._limits = Sessions(), Limits()
+        self._deliveries, self._receipts = Deliveries(), Receipts()
         self._room = asyncio.Semaphore(_MOST_BODIES)
         self._enrolling = asyncio.Lock()  # strangers share one place in the queue
         self._handlers: dict[tuple[str, str], Handler] = {
@@ -159,6 +169,8 @@ class Routes:
             largest = self._largest if request.raw_path in _LARGE else SMALL
             async with self._body(request, largest) as body, self._space(body):
                 self._count(request, holder, data := body.read())
+                if request.raw_path == PUSH_MESSAGES:
+                    return await self._announce(request, holder, data)
                 answer = await self._superlink.ask(request.raw_path, request.headers, data)
             if request.raw_path == CONFIRM and answer.status == 200:
                 self._deliveries.confirmed(holder.key)
@@ -175,7 +187,17 @@ class Routes:
                 request.headers, data, lambda: newest() and _is_there(request)
             )
             self._deliveries.keep(holder.key, pulled)
-        return web.Response(status=pulled.status, headers=pulled.headers, body=pulled.body)
+        return _response(pulled)
+
+    async def _announce(
+        self, request: web.BaseRequest, holder: Holder, body: bytes
+    ) -> web.StreamResponse:
+        async with self._receipts.turn(holder.key):
+            receipt = self._receipts.of(holder.key, body)
+            if receipt is None:
+                receipt = await self._superlink.told(PUSH_MESSAGES, request.headers, body)
+                self._receipts.keep(holder.key, body, receipt)
+        return _response(receipt)
 
     # What they have in common
 
@@ -237,6 +259,10 @@ def _require_own_node(request: web.BaseRequest, participant: Participant) -> Non
         raise Refusal(
             403, f"{participant.name} speaks with another Flower key than it enrolled with"
         )
+
+
+def _response(answer: Whole) -> web.Response:
+    return web.Response(status=answer.status, headers=answer.headers, body=answer.body)
 
 
 def _is_there(request: web.BaseRequest) -> bool:

@@ -32,12 +32,12 @@ MOST_ASKS = 40.0
 _ANSWER_SECONDS = 25.0
 _CONNECTIONS = 64
 _PIECE = 64 * 1024
-_LARGEST_PULL = 16 * 2**20  # bytes of one message's description
+_LARGEST_WHOLE = 16 * 2**20  # bytes; a message's description, or a list of its objects
 
 
 @dataclass(frozen=True)
-class Pulled:
-    """What the SuperLink said to a question for messages."""
+class Whole:
+    """An answer of the SuperLink's, read to its end."""
 
     status: int
     headers: Mapping[str, str]
@@ -101,7 +101,7 @@ class SuperLink:
 
     async def pull(
         self, headers: Mapping[str, str], body: bytes, wanted: Callable[[], bool]
-    ) -> Pulled:
+    ) -> Whole:
         """The answer to pull-messages; an empty one only after a while.
 
         `wanted` says whether the participant still waits: a message that is handed out to nobody
@@ -111,7 +111,7 @@ class SuperLink:
         self._waiting += 1
         try:
             while True:
-                answer = await self._pull_once(headers, body)
+                answer = await self.told(PULL_MESSAGES, headers, body)
                 late = time.monotonic() >= end or self._stopping.is_set()
                 if not answer.is_empty or late or not wanted():
                     return answer
@@ -119,13 +119,14 @@ class SuperLink:
         finally:
             self._waiting -= 1
 
-    async def _pull_once(self, headers: Mapping[str, str], body: bytes) -> Pulled:
-        async with await self.ask(PULL_MESSAGES, headers, body) as answer:
+    async def told(self, path: str, headers: Mapping[str, str], body: bytes) -> Whole:
+        """Hand a request on and read the answer, which is a small one.  Refusal like `ask`."""
+        async with await self.ask(path, headers, body) as answer:
             try:
                 data = await _whole(answer.content)
             except (aiohttp.ClientError, TimeoutError) as error:
                 raise _away() from error
-            return Pulled(answer.status, _only(answer.headers, ANSWER_HEADERS), data)
+            return Whole(answer.status, _only(answer.headers, ANSWER_HEADERS), data)
 
     async def _pause(self) -> None:
         """The more wait, the less often each asks."""
@@ -158,7 +159,7 @@ async def _whole(content: aiohttp.StreamReader) -> bytes:
     data = bytearray()
     async for piece in content.iter_chunked(_PIECE):
         data += piece
-        if len(data) > _LARGEST_PULL:
+        if len(data) > _LARGEST_WHOLE:
             raise Refusal(502, "the SuperLink's answer is too large")
     return bytes(data)
 

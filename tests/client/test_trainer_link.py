@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from meadow import wire
+from meadow.client import trainer_link
 from meadow.client.peer_net import grpc
 from meadow.client.trainer_link import LARGEST, TrainerLink, target
 from meadow.client.trainer_socket import TrainerSocket
@@ -33,6 +38,29 @@ def serving(path: Path, act: Act) -> TrainerSocket:
 def link(path: Path) -> Iterator[TrainerLink]:
     with TrainerLink(path, patience=20) as one:
         yield one
+
+
+_HELD = """
+import sys
+from pathlib import Path
+from meadow.client.trainer_socket import TrainerSocket
+with TrainerSocket(Path(sys.argv[1]), lambda verb, body, wanted: b"held: " + body):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held_trainer(path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """One that listens, and that the system does not let run."""
+    command = [sys.executable, "-c", _HELD, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGSTOP)
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def fail(error: Exception) -> Act:
@@ -101,6 +129,19 @@ def test_it_waits_for_a_trainer_that_starts_later(path: Path, link: TrainerLink)
     with serving(path, lambda verb, body: body * 2):
         thread.join(20)
     assert answers == [b"xx"]
+
+
+def test_a_trainer_that_is_held_still_is_waited_for(path: Path, link: TrainerLink) -> None:
+    """As by a machine that swaps, or a laptop's lid: it is neither away nor has it ended."""
+    with held_trainer(path) as process:
+        answers: list[bytes] = []
+        thread = threading.Thread(target=lambda: answers.append(link.call("train", b"x")))
+        thread.start()
+        thread.join(trainer_link._WORKED + 1.0)
+        assert answers == []
+        process.send_signal(signal.SIGCONT)
+        thread.join(20)
+        assert answers == [b"held: x"]
 
 
 def test_a_trainer_that_stops_is_asked_again_when_it_is_back(path: Path, link: TrainerLink) -> None:

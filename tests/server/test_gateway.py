@@ -214,6 +214,31 @@ def test_an_unconfirmed_message_is_delivered_again(
     anna.ask(client, FLEET + "confirm-message-received")
 
 
+def test_an_answer_that_is_announced_again_gets_the_same_receipt(
+    place: Site, anna: Person, client: GatewayClient
+) -> None:
+    """The SuperLink would refuse it, and the answer's objects would never be sent."""
+    push = FLEET + "push-messages"
+
+    def announce(body: bytes) -> bytes:
+        return anna.ask(client, push, body).body
+
+    def reached() -> int:
+        return sum(seen.path == push for seen in place.superlink.seen)
+
+    before = reached()
+    place.superlink.answers[push] = (200, b"send these objects")
+    assert announce(b"an answer") == b"send these objects"
+    place.superlink.answers[push] = (200, b"send nothing")
+    assert announce(b"an answer") == b"send these objects" and reached() == before + 1
+    assert announce(b"another answer") == b"send nothing" and reached() == before + 2
+    place.superlink.answers[push] = (503, b"not now")
+    assert announce(b"a third") == b"not now"
+    place.superlink.answers[push] = (200, b"send that")
+    assert announce(b"a third") == b"send that"
+    del place.superlink.answers[push]
+
+
 def test_a_newer_question_ends_the_older_ones_wait(
     place: Site, anna: Person, client: GatewayClient
 ) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from meadow.server.gateway_deliveries import KEPT_SECONDS, MOST_TIMES, Deliveries
 from meadow.server.gateway_limits import MOST_AT_ONCE, MOST_NOTES, NOTES_SECONDS, Limits
+from meadow.server.gateway_receipts import KEPT_SECONDS as RECEIPT_SECONDS
+from meadow.server.gateway_receipts import Receipts
 from meadow.server.gateway_refusal import Refusal
 from meadow.server.gateway_sessions import IDLE_SECONDS, MOST_PER_KEY, NONCES_KEPT, Sessions
-from meadow.server.gateway_superlink import Pulled
+from meadow.server.gateway_superlink import Whole
 
 ANNA, BOB = bytes(32), bytes(31) + b"\1"
 
@@ -103,7 +107,7 @@ def test_notes_are_counted_by_the_hour() -> None:
 
 def test_a_message_is_delivered_a_bounded_number_of_times() -> None:
     """One that fails so often fails for another reason, and others wait."""
-    deliveries, message = Deliveries(Clock()), Pulled(200, {}, b"message")
+    deliveries, message = Deliveries(Clock()), Whole(200, {}, b"message")
     deliveries.keep(ANNA, message)
     assert [deliveries.again(ANNA) for _ in range(MOST_TIMES)] == [message] * 4 + [None]
     assert deliveries.again(ANNA) is None
@@ -112,13 +116,13 @@ def test_a_message_is_delivered_a_bounded_number_of_times() -> None:
 def test_a_message_is_not_kept_for_ever() -> None:
     clock = Clock()
     deliveries = Deliveries(clock)
-    deliveries.keep(ANNA, Pulled(200, {}, b"message"))
+    deliveries.keep(ANNA, Whole(200, {}, b"message"))
     clock.now = KEPT_SECONDS + 1
     assert deliveries.again(ANNA) is None
 
 
-@pytest.mark.parametrize("pulled", [Pulled(200, {}, b""), Pulled(500, {}, b"no")])
-def test_what_is_no_message_is_not_kept(pulled: Pulled) -> None:
+@pytest.mark.parametrize("pulled", [Whole(200, {}, b""), Whole(500, {}, b"no")])
+def test_what_is_no_message_is_not_kept(pulled: Whole) -> None:
     deliveries = Deliveries(Clock())
     deliveries.keep(ANNA, pulled)
     assert deliveries.again(ANNA) is None
@@ -129,5 +133,39 @@ def test_a_newer_question_takes_the_turn() -> None:
     older, others = deliveries.turn(ANNA), deliveries.turn(BOB)
     newer = deliveries.turn(ANNA)
     assert (older(), newer(), others()) == (False, True, True)
-    deliveries.keep(ANNA, Pulled(200, {}, b"late answer to the older"))
+    deliveries.keep(ANNA, Whole(200, {}, b"late answer to the older"))
     assert not newer(), "so that it asks again, and is given the message"
+
+
+def test_a_receipt_holds_while_the_superlink_waits_for_the_objects() -> None:
+    clock = Clock()
+    receipts, receipt = Receipts(clock), Whole(200, {}, b"send these")
+    receipts.keep(ANNA, b"announced", receipt)
+    assert receipts.of(BOB, b"announced") is None
+    clock.now = RECEIPT_SECONDS
+    assert receipts.of(ANNA, b"announced") == receipt
+    clock.now += 1
+    assert receipts.of(ANNA, b"announced") is None
+
+
+def test_announcements_of_one_participant_take_turns() -> None:
+    """The same one, sent again while the first is at work, waits for its receipt."""
+    receipts, order = Receipts(), list[str]()
+
+    async def announce(key: bytes, title: str) -> None:
+        async with receipts.turn(key):
+            order.append(f"{title} begins")
+            await asyncio.sleep(0)
+            order.append(f"{title} ends")
+
+    async def all_at_once() -> None:
+        await asyncio.gather(announce(ANNA, "a1"), announce(ANNA, "a2"), announce(BOB, "b"))
+
+    asyncio.run(all_at_once())
+    assert [step for step in order if step.startswith("a")] == [
+        "a1 begins",
+        "a1 ends",
+        "a2 begins",
+        "a2 ends",
+    ]
+    assert order.index("b begins") < order.index("a1 ends")
