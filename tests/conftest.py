@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,13 @@ def lab(tiny: Config) -> Lab:
     from meadow.simulation.engine import open_lab
 
     return open_lab(tiny)
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder whose name leaves room for a unix socket's."""
+    with tempfile.TemporaryDirectory(prefix="m-") as folder:
+        yield Path(folder).resolve()
 
 
 @pytest.fixture

@@ -41,10 +41,10 @@ INVITATION = Invitation("ada", ("127.0.0.1:9440",), b"", bytes(16), 2**40)
 
 
 @pytest.fixture
-def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def user(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user who has joined nothing yet."""
-    monkeypatch.setenv(HOME, str(tmp_path / "home"))
-    return tmp_path / "home"
+    monkeypatch.setenv(HOME, str(short_path / "home"))
+    return short_path / "home"
 
 
 def joined(name: str) -> Path:

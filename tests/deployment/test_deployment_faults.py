@@ -11,7 +11,6 @@ import json
 import resource
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,13 +41,6 @@ pytestmark = [
 ]
 
 EMAIL, HTTP = PEOPLE
-
-
-@pytest.fixture
-def short_path() -> Iterator[Path]:
-    """A folder whose name leaves room for a unix socket's."""
-    with tempfile.TemporaryDirectory(prefix="m-") as folder:
-        yield Path(folder).resolve()
 
 
 def test_a_run_outlives_what_happens_to_its_participants(short_path: Path) -> None:

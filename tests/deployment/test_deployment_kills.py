@@ -6,8 +6,7 @@ of a run in which nothing failed.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -71,13 +70,6 @@ FAULTS: tuple[tuple[str, Point, Kill], ...] = (
 )
 ROUNDS = 1 + len(FAULTS)
 """The first is everybody's beginning."""
-
-
-@pytest.fixture
-def short_path() -> Iterator[Path]:
-    """A folder whose name leaves room for a unix socket's."""
-    with tempfile.TemporaryDirectory(prefix="m-") as folder:
-        yield Path(folder).resolve()
 
 
 def test_whatever_is_killed_every_contribution_counts_once(short_path: Path) -> None:

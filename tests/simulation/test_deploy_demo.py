@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +14,6 @@ from meadow.client.outgoing_log import read, verify
 from meadow.errors import ConfigError, DeploymentError
 from meadow.peft_adapters.peft_format import check_servable
 from meadow.simulation import deploy_demo
-
-
-@pytest.fixture
-def short_path() -> Iterator[Path]:
-    """A folder whose name leaves room for a unix socket's."""
-    with tempfile.TemporaryDirectory(prefix="m-") as folder:
-        yield Path(folder).resolve()
 
 
 def test_a_folder_that_is_there_is_never_overwritten(tmp_path: Path) -> None:
