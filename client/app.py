@@ -72,9 +72,17 @@ def _reply(message: Message, context: Context, verb: str, answer: Answer) -> Mes
     except StorageError:
         raise  # this machine's disk, not this client's work
     except MeadowError as error:
-        return Message(Error(code=_REFUSED, reason=str(error)), reply_to=message)
+        return _dated(Message(Error(code=_REFUSED, reason=str(error)), reply_to=message), message)
     content = RecordDict({name: ConfigRecord({**piece}) for name, piece in cut(data).items()})
-    return Message(content, reply_to=message)
+    return _dated(Message(content, reply_to=message), message)
+
+
+def _dated(reply: Message, message: Message) -> Message:
+    """The reply, valid as long as the message by the sender's clock; this machine's may be wrong,
+    and a SuperLink refuses what seems to have expired or to outlive its question."""
+    reply.metadata.created_at = message.metadata.created_at
+    reply.metadata.ttl = message.metadata.ttl
+    return reply
 
 
 app = _app(ask_trainer)

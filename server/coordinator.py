@@ -157,7 +157,8 @@ class Coordinator:
         if total.weight > 0:
             self._step(total, self.turn(number, cohort))
             figures |= self.state.data
-        metrics = {"round": number, "bytes_down": bytes_down, **figures, **self._evaluate(number)}
+        measured = self._evaluate(number, figures["missing"])
+        metrics = {"round": number, "bytes_down": bytes_down, **figures, **measured}
         self.journal.close_round(number, pack_state(self.state), metrics)
         self.journal.prune(KEPT_ROUNDS)
         self.observer(Event("round_closed", number, metrics))
@@ -256,14 +257,17 @@ class Coordinator:
             **figures,
         }
 
-    def _evaluate(self, number: int) -> dict[str, Any]:
-        """Held-out losses with the new state: each participant's, and the mean over all tokens."""
+    def _evaluate(self, number: int, missing: Sequence[str]) -> dict[str, Any]:
+        """Held-out losses with the new state: each participant's, and the mean over all tokens.
+
+        Who is missing from the round is asked nothing more in it, and costs one deadline, not two.
+        """
         rounds = self.config.rounds
         if number % rounds.evaluate_every and number != rounds.count:
             return {}
-        return self.measure(number)
+        return self.measure(number, missing)
 
-    def measure(self, number: int) -> dict[str, Any]:
+    def measure(self, number: int, without: Sequence[str] = ()) -> dict[str, Any]:
         """Ask all participants to measure what they would use after round `number`."""
         sent = self.strategy.broadcast(self.state, self.turn(number))
         answers: dict[str, Measured] = {}
@@ -272,7 +276,8 @@ class Coordinator:
             return self._message(sent, self.turn(number, (), name))
 
         deadline = self.config.rounds.deadline_seconds
-        for name, reply in self.peers.ask("evaluate", self.peers.names(), payload, deadline):
+        asked = [name for name in self.peers.names() if name not in without]
+        for name, reply in self.peers.ask("evaluate", asked, payload, deadline):
             try:
                 answers[name] = _measured(reply, name)
             except (UpdateError, FormatError) as error:

@@ -69,6 +69,17 @@ def test_a_refusal_is_an_error_reply_with_its_reason(socket: Path) -> None:
     assert reply.error.reason == "it is outside the hours (22:00-06:00)"
 
 
+@pytest.mark.parametrize("payload", [b"x", b"no"])
+@pytest.mark.parametrize("days", [-1, 0, 1])
+def test_a_reply_is_valid_as_long_as_its_message(socket: Path, payload: bytes, days: int) -> None:
+    """Whatever this machine's clock says against the sender's."""
+    content = RecordDict({"meadow": ConfigRecord({"payload": payload})})
+    message = Message(content, dst_node_id=1, message_type="train", ttl=600.0)
+    message.metadata.created_at -= 86_400 * days
+    reply = call(message, trainer=str(socket)).metadata
+    assert (reply.created_at, reply.ttl) == (message.metadata.created_at, 600.0)
+
+
 def test_a_node_without_a_trainer() -> None:
     assert str(ask(b"x").error.reason).startswith("this node has no trainer")
 

@@ -16,7 +16,7 @@ import socket
 import sqlite3
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -67,15 +67,18 @@ class Stuck(AssertionError):
 class Deployment(Closeable):
     """A coordinator and participants on loopback, in one folder with a short name."""
 
-    def __init__(self, out: Path, config: Config) -> None:
-        self.port, self.config = free_port(), config
+    def __init__(
+        self, out: Path, config: Config, machines: Mapping[str, Mapping[str, str]] | None = None
+    ) -> None:
+        """`machines` adds to the environment of a participant's processes."""
+        self.port, self.config, self._machines = free_port(), config, machines or {}
         self.stage = Stage(out, config)
         self.home = CoordinatorHome(self.stage.coordinator)
         self.at = "the start"
         self._write()
         self.reach_at(listen=self.port, address=self.port)
         self.coordinator = self.stage.operator("coordinator", "run.toml")
-        self.daemons = {name: self.stage.participant(name, "daemon") for name in PEOPLE}
+        self.daemons = {name: self._participant(name, "daemon") for name in PEOPLE}
         self._commands = 0
         self._held: set[int] = set()
 
@@ -130,7 +133,12 @@ class Deployment(Closeable):
         return self._done(self.stage.operator, *arguments)
 
     def client(self, who: str, *arguments: str) -> str:
-        return self._done(lambda name, *rest: self.stage.participant(who, name, *rest), *arguments)
+        return self._done(lambda name, *rest: self._participant(who, name, *rest), *arguments)
+
+    def _participant(self, who: str, name: str, *arguments: str) -> Process:
+        made = self.stage.participant(who, name, *arguments)
+        made.environment = {**made.environment, **self._machines.get(who, {})}
+        return made
 
     def somebody(self, name: str) -> Path:
         """A folder like a participant's, for whoever else knocks."""

@@ -371,8 +371,11 @@ def test_notes_that_are_no_numbers_are_not_told(tmp_path: Path) -> None:
     assert event.data.keys() == {"client", "bytes", "examples"}
 
 
-def test_one_who_never_answers_is_missing(tmp_path: Path) -> None:
-    done = run(tmp_path, People(TRIO, {"bob": always(None)}))
+def test_one_who_never_answers_is_missing_and_asked_nothing_more(tmp_path: Path) -> None:
+    """In that round; it costs one deadline, not two."""
+    people = People(TRIO, {"bob": always(None)})
+    done = run(tmp_path, people)
+    assert people.asked == [("evaluate", TRIO), ("train", TRIO), ("evaluate", ["ada", "eve"])]
     assert done.metrics[1]["missing"] == ["bob"] and done.metrics[1]["refused"] == {}
     assert torch.allclose(done.x, reference([["ada", "eve"]]), atol=1e-7)
 

@@ -1,0 +1,48 @@
+"""Who stalls costs a round its deadline and nothing more: the next round counts everybody again.
+
+Real processes; one participant's answer trickles through its wire, so that the server app is in the
+middle of fetching it when the deadline comes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from deployments import PEOPLE, Deployment, small_config
+from round_points import answering
+from tcp_proxy import TcpProxy
+
+pytestmark = pytest.mark.long
+
+EMAIL, HTTP = PEOPLE
+SECONDS = 60.0
+TRICKLE = 1000.0
+"""Bytes a second, of an answer of 350,000."""
+
+
+def test_an_answer_that_trickles_costs_the_deadline(short_path: Path) -> None:
+    config = small_config(3, rounds={"deadline_seconds": SECONDS, "quorum": 0.5})
+    with Deployment(short_path / "d", config) as deployment, TcpProxy(deployment.port) as wire:
+        deployment.reach_at(listen=deployment.port, address=wire.port)
+        deployment.start_coordinator()
+        for name, word in deployment.invitations().items():
+            deployment.join(name, word)
+        deployment.tell_address(HTTP, deployment.port)  # the wire is EMAIL's alone
+        deployment.train()
+        deployment.at = "round 2: an answer that trickles"
+        with answering(deployment, 2):
+            wire.bytes_per_second = TRICKLE
+        deployment.end(2)
+        (opened,), (closed,) = (deployment.events(f"round_{k}", 2) for k in ("opened", "closed"))
+        assert closed["missing"] == [EMAIL] and closed["losses"].keys() == {HTTP}
+        assert closed["time"] - opened["time"] >= SECONDS, "it was waited for"
+        wire.bytes_per_second = 0
+        deployment.at = "round 3: everybody again"
+        deployment.begin(3)
+        deployment.end(3)
+        deployment.finish()
+    assert deployment.left_behind() == []
+    assert [event["client"] for event in deployment.events("late")] == [EMAIL]
+    alone = {1: PEOPLE, 2: (HTTP,), 3: PEOPLE}
+    assert deployment.counted() == {n: dict.fromkeys(who, 1) for n, who in alone.items()}
