@@ -22,7 +22,7 @@ TRICKLE = 1000.0
 
 
 def test_an_answer_that_trickles_costs_the_deadline(short_path: Path) -> None:
-    config = small_config(3, rounds={"deadline_seconds": SECONDS, "quorum": 0.5})
+    config = small_config(3).replace(rounds={"deadline_seconds": SECONDS, "quorum": 0.5})
     with Deployment(short_path / "d", config) as deployment, TcpProxy(deployment.port) as wire:
         deployment.reach_at(listen=deployment.port, address=wire.port)
         deployment.start_coordinator()
