@@ -13,11 +13,11 @@ from ..peft_adapters.blueprint import Blueprint, open_blueprint
 from ..strategies.base import Strategy
 from ..strategies.registry import make
 from ..strategies.transforms import make_transforms
+from ..terms import Terms
 from .data import Silo, silo_of
 from .message_sizes import measured_bytes
 from .policy import Policy
 from .sources import read_rows
-from .terms import Terms
 
 _ROUNDS = 2  # some strategies send different things in turn
 

@@ -17,12 +17,12 @@ from ..fingerprint import fingerprint
 from ..identity import Identity, default_path
 from ..invitation import Invitation
 from ..store import Disk, explained, locked
+from ..terms import Terms
 from .gateway_client import Enrolment, GatewayClient
 from .home import LOCK, MEMBERSHIP, OUTGOING, POLICY, SOCKET, TERMS
 from .membership import Membership
 from .participant_text import is_missing
 from .policy import Policy, absolute_source
-from .terms import Terms
 from .trainer_link import target
 
 ASK_SECONDS = 1.0

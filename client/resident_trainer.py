@@ -42,9 +42,9 @@ from .home import (
     PAUSED,
     POLICY,
     SOCKET,
-    TERMS,
     read_text,
     require_private,
+    terms_in,
 )
 from .incoming import read_turn
 from .member import Member
@@ -52,7 +52,6 @@ from .outgoing_log import OutgoingLog
 from .policy import Policy, Used
 from .refusals import DEFECT, TOLD, outward
 from .rehearsal import DryOutbox, describe, first_message, list_tensors
-from .terms import Terms
 from .trainer_link import DRY_RUN, STATUS, TRAIN, VERBS
 from .trainer_socket import TrainerSocket
 from .work_limits import Stopping, WorkLimits, resident_mb
@@ -90,7 +89,7 @@ class ResidentTrainer(Closeable):
         self._folder, self._clock = folder, clock
         require_private(folder)
         self._name = _name_in(folder / MEMBERSHIP)
-        self._terms = Terms.load(folder / TERMS)
+        self._terms = terms_in(folder)
         self._policy().check_terms(self._terms)
         self._held = ExitStack()
         self._held.enter_context(locked(folder / "trainer.lock", "its trainer runs already"))

@@ -21,6 +21,7 @@ from ..store import Disk
 from ..strategies.base import Answer, Request, Strategy
 from ..strategies.registry import make
 from ..strategies.transforms import make_transforms
+from ..terms import Terms
 from .data import silo_of
 from .gpu_lock import gpu_claimed
 from .home import OUTBOX
@@ -29,7 +30,6 @@ from .outbox import Outbox
 from .participant_text import ParticipantText, Text
 from .policy import Policy
 from .task import Participant, answer
-from .terms import Terms
 from .trainer import Trainer
 from .workbench import Workbench, open_workbench
 

@@ -121,8 +121,8 @@ def _consent(folder: Path, options: argparse.Namespace, console: Console) -> dic
     from .client.home import LOCK, POLICY
     from .client.joining import approve, rules_of
     from .client.membership import Membership
-    from .client.terms import Terms
     from .identity import own_identity
+    from .terms import Terms
 
     membership, disk = Membership.load(folder), Disk()
     with GatewayClient(membership, own_identity()) as gateway:

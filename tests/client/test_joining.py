@@ -14,7 +14,7 @@ from homes import terms_json
 
 from meadow.client.flower_key import FlowerKey
 from meadow.client.gateway_client import Enrolment, GatewayClient
-from meadow.client.home import FLOWER_KEY, LOCK, MEMBERSHIP, OUTGOING, POLICY, TERMS
+from meadow.client.home import FLOWER_KEY, LOCK, MEMBERSHIP, OUTGOING, POLICY, TERMS, terms_in
 from meadow.client.joining import (
     approve,
     begun,
@@ -30,12 +30,12 @@ from meadow.client.joining import (
 )
 from meadow.client.membership import Membership
 from meadow.client.policy import Policy
-from meadow.client.terms import Terms
 from meadow.config import Config
 from meadow.errors import ConfigError, DataError, GatewayError, IdentityError, JournalError
 from meadow.identity import HOME, own_identity
 from meadow.invitation import Invitation
 from meadow.store import Disk, locked
+from meadow.terms import Terms
 
 INVITATION = Invitation("ada", ("127.0.0.1:9440",), b"", bytes(16), 2**40)
 
@@ -195,9 +195,9 @@ def test_agreeing_is_finished_by_the_same_command_wherever_it_was_cut_short(
         with pytest.raises(Crash):
             _agreed(root, terms, text, Faulty(root, at, "before"))
         if (root / TERMS).exists():
-            Policy.load(root / POLICY).check_terms(Terms.load(root / TERMS))
+            Policy.load(root / POLICY).check_terms(terms_in(root))
         approve(root, terms, text, Policy(data=["nano"]), Disk())
-        assert Membership.load(root).terms == Terms.load(root / TERMS).digest == terms.digest
+        assert Membership.load(root).terms == terms_in(root).digest == terms.digest
         shutil.rmtree(root)
         shutil.rmtree(root.with_name(f"{at}+"), ignore_errors=True)
 

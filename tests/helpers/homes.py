@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from meadow import __version__
-from meadow.client.home import MEMBERSHIP, POLICY, TERMS
+from meadow.client.home import MEMBERSHIP, POLICY, TERMS, terms_in
 from meadow.client.policy import Policy
-from meadow.client.terms import Terms
 from meadow.config import Config, ModelConfig, to_json
 from meadow.peft_adapters.blueprint import Blueprint, open_blueprint
 from meadow.store import Disk
@@ -69,7 +68,7 @@ def make_home(folder: Path, config: Config, name: str = "ada", **rules: Any) -> 
 
 def set_policy(folder: Path, **rules: Any) -> None:
     """Rules for the terms in the folder, which count as approved."""
-    policy = Policy().approving(Terms.load(folder / TERMS))
+    policy = Policy().approving(terms_in(folder))
     dataclasses.replace(policy, **rules).save(folder / POLICY, Disk())
 
 
