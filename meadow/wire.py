@@ -13,14 +13,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .canonical_json import Json, canonical
 from .errors import FormatError, UpdateError
 
-Json = Any  # what json.dumps takes
 Shape = tuple[int, ...]
 
 FORMAT = 1
@@ -60,13 +60,6 @@ class _Field(NamedTuple):
     def rank(self) -> tuple[int, str]:
         """Wide types come first, so that every tensor is aligned to its own width."""
         return -_TYPES[self.kind].itemsize, self.name
-
-
-def canonical(value: Json) -> str:
-    """The one JSON text of a value.  ValueError where a number is not finite."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    )
 
 
 def encode(tensors: Mapping[str, Tensor], meta: Json) -> bytes:
