@@ -16,8 +16,9 @@ from typing import Any
 
 from cryptography import x509
 
+from ..address import split_address
 from ..errors import FormatError
-from ..invitation import Invitation, split_address
+from ..invitation import Invitation
 from ..store import Disk
 from .home import MEMBERSHIP, read_text
 

@@ -19,8 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import cast
 
+from ..address import split_address
 from ..errors import MeadowError, PeerError
-from .address_book import AddressBook, check_address
+from .address_book import AddressBook
 from .peer_limits import Allowance, Clock, Counts, PeerLimits
 from .peer_net import LONGEST_CALL, RETRY_AFTER, SERVICE, grpc, one_line, size_options
 from .peer_tls import TlsCertificate, pem_of
@@ -65,7 +66,7 @@ class PeerServer:
         """
         if self._server is not None:
             raise RuntimeError("this server was started already")
-        check_address(address, least_port=0)
+        split_address(address, least_port=0)
         workers = ThreadPoolExecutor(self._limits.workers, "meadow-peer")
         server = self._make(workers)
         try:

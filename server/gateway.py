@@ -22,10 +22,10 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
+from ..address import split_address
 from ..config import CoordinatorConfig, load
 from ..errors import ConfigError, MeadowError
 from ..fleet_routes import LARGEST_BODY
-from ..invitation import split_address
 from ..store import Disk
 from .authority import LOCAL_HOSTS, Authority
 from .gateway_desk import Desk
