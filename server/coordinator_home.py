@@ -27,7 +27,7 @@ from ..identity import Identity
 from ..journal import Journal, RunIdentity
 from ..peft_adapters.blueprint import Blueprint, check_shape
 from ..store import Disk, explained
-from ..strategies.registry import make
+from ..strategies.registry import strategy_of
 from ..terms import draft, fields_of
 from .run_folder import environment
 
@@ -169,7 +169,7 @@ def run_identity(config: Config, blueprint: Blueprint) -> RunIdentity:
 
 def check_deployable(config: Config, blueprint: Blueprint) -> None:
     """Refuse what cannot be trained, before anyone is invited."""
-    strategy = make(config.strategy.name, config.strategy.options, (), config.model.rank)
+    strategy = strategy_of(config)
     strategy.check_clients(config.clients)
     check_shape(config.model.rank, blueprint.layers, strategy.integers)
     if config.simulation.engine != "sequential":

@@ -14,9 +14,9 @@ from meadow.client.policy import Policy
 from meadow.config import Config, ModelConfig, to_json
 from meadow.peft_adapters.blueprint import Blueprint, open_blueprint
 from meadow.store import Disk
-from meadow.strategies.base import Strategy, Turn
+from meadow.strategies.base import Turn
 from meadow.strategies.messages import pack_update, turn_to_json
-from meadow.strategies.registry import make
+from meadow.strategies.registry import strategy_of
 
 RUN = "0123abcd"
 COORDINATOR = "c0" * 32
@@ -72,24 +72,13 @@ def set_policy(folder: Path, **rules: Any) -> None:
     dataclasses.replace(policy, **rules).save(folder / POLICY, Disk())
 
 
-def strategy_of(config: Config) -> Strategy:
-    base = blueprint(config.model.base)
-    return make(
-        config.strategy.name,
-        config.strategy.options,
-        base.layers,
-        config.model.rank,
-        config.scaling,
-        base.digest,
-    )
-
-
 def message(config: Config, /, round: int = 1, name: str = "ada", **header: Any) -> bytes:
     """What a coordinator sends that still has its first state."""
     rounds, clients = config.rounds, config.clients
     total = rounds.count * clients.steps
     turn = Turn(round, rounds.count, rounds.seed, clients.steps, total, name, NAMES)
-    strategy = strategy_of(config)
+    base = blueprint(config.model.base)
+    strategy = strategy_of(config, base.layers, base.digest)
     sent = strategy.broadcast(strategy.init(rounds.seed), turn)
     fields = {"turn": turn_to_json(turn), "run": RUN, "config": config.shared().digest()}
     return pack_update(sent, **{**fields, **header})
