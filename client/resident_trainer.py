@@ -34,6 +34,7 @@ from ..errors import (
     StorageError,
     TrainerError,
 )
+from ..service_process import ENDING, service_process
 from ..store import Disk, digest_of, locked
 from .home import (
     MEMBERSHIP,
@@ -337,14 +338,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ready", type=Path, help="a file to write once all is loaded")
     chosen = parser.parse_args(arguments)
     os.umask(0o077)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ENDING:
         signal.signal(number, lambda *_: stop.set())
-    try:
+    with service_process():
         serve(chosen.folder.absolute(), chosen.ready, stop)
-    except MeadowError as error:
-        parser.exit(2, f"{error}\n")
 
 
 if __name__ == "__main__":
