@@ -142,3 +142,9 @@ class TrainerError(MeadowError):
 
 class DeploymentError(MeadowError):
     """A process of a deployment failed, or did not get to where it should."""
+
+
+def quoted(text: object) -> str:
+    """Foreign text for a one-line message: escaped, and not longer than a line."""
+    found = repr(text)
+    return found if len(found) <= 120 else found[:117] + "..."

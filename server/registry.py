@@ -31,8 +31,8 @@ from ..errors import (
 )
 from ..file_lock import own_turn
 from ..identity import Identity, default_path, key_id
+from ..peft_adapters.adapter_reader import Adapter
 from ..peft_adapters.blueprint import Blueprint
-from ..peft_adapters.peft_format import Adapter
 from ..peft_adapters.signed_adapter import Limits, SignedAdapter, Verified
 from ..store import Disk
 from .registry_changes import Changes, refuse_bound_elsewhere

@@ -31,12 +31,12 @@ from ..errors import ConfigError, DataError, JournalError
 from ..events import Event, Observer, tee
 from ..identity import own_identity
 from ..journal import Journal, RunIdentity
+from ..peft_adapters.adapter_reader import load_adapter
 from ..peft_adapters.bank import Bank
 from ..peft_adapters.base_model import Base
 from ..peft_adapters.blueprint import check_shape
 from ..peft_adapters.layout import FACTORS, Site
 from ..peft_adapters.manifest import Provenance, write_manifest
-from ..peft_adapters.peft_format import load_adapter
 from ..peft_adapters.pool_size import warnings_of
 from ..server.app import GridPeers
 from ..server.app import build as build_server_app
