@@ -110,8 +110,8 @@ def enrol(
 ) -> Enrolment:
     """Enrol, and ask until the operator has approved; `waiting` is called once if that takes time.
 
-    Raises GatewayError where the gateway refuses, or cannot be reached at the beginning;
-    IdentityError where it has put down another key than ours.
+    Raises GatewayError where the gateway refuses, or has no answer at the beginning; IdentityError
+    where it has put down another key than ours.
     """
     found = gateway.enrol(flower_key)
     if found.fingerprint != own_fingerprint(identity):
@@ -133,11 +133,11 @@ def own_fingerprint(identity: Identity) -> str:
 
 
 def _asked_again(gateway: GatewayClient, flower_key: str) -> Enrolment | None:
-    """Where the enrolment stands; None while the gateway is away."""
+    """Where the enrolment stands; None while the gateway is away, or cannot say."""
     try:
         return gateway.enrol(flower_key)
     except GatewayError as error:
-        if error.status:
+        if not error.may_pass:
             raise
         return None
 

@@ -115,6 +115,11 @@ class GatewayError(MeadowError):
         super().__init__(message, hint)
         self.status = status
 
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same request may be answered later: now the gateway is away, or too busy."""
+        return self.status in (0, 429, 502, 503, 504)
+
 
 class RegistryError(MeadowError):
     """A name, version or signer of the registry that does not allow what is asked of it."""

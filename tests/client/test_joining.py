@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,9 +32,17 @@ from meadow.client.joining import (
 from meadow.client.membership import Membership
 from meadow.client.policy import Policy
 from meadow.config import Config
-from meadow.errors import ConfigError, DataError, GatewayError, IdentityError, JournalError
+from meadow.errors import (
+    ConfigError,
+    DataError,
+    GatewayError,
+    IdentityError,
+    JournalError,
+    StorageError,
+)
 from meadow.identity import HOME, own_identity
 from meadow.invitation import Invitation
+from meadow.server.roster import Participant, Roster
 from meadow.store import Disk, locked
 from meadow.terms import Terms
 
@@ -132,6 +141,38 @@ def test_enrolment_waits_until_the_operator_approves(place: Site, user: Path) ->
     with GatewayClient(Membership.of(invitation), identity) as gateway:
         with pytest.raises(GatewayError, match="ada is suspended"):
             enrol(gateway, identity, flower.public_pem, lambda: None, sleep)
+
+
+def test_a_gateway_that_cannot_answer_for_a_while_does_not_end_the_wait(
+    place: Site, user: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its roster is locked, or its disk full; but a decision against the participant is an end."""
+    invitation, identity = place.invite("ada"), own_identity()
+    flower, asked = FlowerKey.load_or_create(user / FLOWER_KEY).public_pem, []
+    real, unwell = Roster.enrol, threading.Event()
+
+    def enrolled(roster: Roster, token: bytes, key: bytes, flower_key: str) -> Participant:
+        if unwell.is_set():
+            raise StorageError("cannot write roster.db: the disk is full")
+        return real(roster, token, key, flower_key)
+
+    def sleep(seconds: float) -> None:
+        asked.append(seconds)
+        if len(asked) == 1:
+            unwell.set()
+        if len(asked) == 3:
+            unwell.clear()
+            place.roster.revoke("ada")
+
+    monkeypatch.setattr(Roster, "enrol", enrolled)
+
+    with GatewayClient(Membership.of(invitation), identity) as gateway:
+        with pytest.raises(GatewayError, match="revoked") as caught:
+            enrol(gateway, identity, flower, lambda: None, sleep)
+        unwell.set()
+        with pytest.raises(GatewayError, match="the disk is full"):  # nothing to wait for yet
+            enrol(gateway, identity, flower, lambda: None, sleep)
+    assert len(asked) == 3 and caught.value.status == 403
 
 
 def test_a_gateway_that_put_down_another_key_is_found_out(
