@@ -10,6 +10,7 @@ from ..store import explained
 from ..terms import Terms
 
 MEMBERSHIP = "membership.json"
+MEMBERSHIP_LOCK = "membership.lock"
 FLOWER_KEY = "flower-key"
 FORWARDER_AUTHORITY = "forwarder-authority.pem"
 TERMS = "terms.json"

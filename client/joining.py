@@ -142,6 +142,16 @@ def _asked_again(gateway: GatewayClient, flower_key: str) -> Enrolment | None:
         return None
 
 
+def admit(folder: Path, membership: Membership, found: Enrolment, disk: Disk) -> None:
+    """Write down what the coordinator has given to who enrolled with `membership`."""
+
+    def admitted(now: Membership) -> Membership:
+        certified = now.with_certificate(found.certificate)
+        return dataclasses.replace(certified, addresses=membership.addresses, node_id=found.node_id)
+
+    Membership.change(folder, disk, admitted, membership)
+
+
 # --- consent -------------------------------------------------------------------------------------
 
 
@@ -171,7 +181,7 @@ def approve(folder: Path, terms: Terms, text: bytes, rules: Policy, disk: Disk) 
     """Write down what the participant agreed to: the rules, then the terms (`text`)."""
     rules.approving(terms).save(folder / POLICY, disk)
     disk.write(folder / TERMS, text)
-    dataclasses.replace(Membership.load(folder), terms=terms.digest).save(folder, disk)
+    Membership.change(folder, disk, lambda now: dataclasses.replace(now, terms=terms.digest))
 
 
 def leave(folder: Path) -> None:

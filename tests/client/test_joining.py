@@ -17,6 +17,7 @@ from meadow.client.flower_key import FlowerKey
 from meadow.client.gateway_client import Enrolment, GatewayClient
 from meadow.client.home import FLOWER_KEY, LOCK, MEMBERSHIP, OUTGOING, POLICY, TERMS, terms_in
 from meadow.client.joining import (
+    admit,
     approve,
     begun,
     enrol,
@@ -173,6 +174,17 @@ def test_a_gateway_that_cannot_answer_for_a_while_does_not_end_the_wait(
         with pytest.raises(GatewayError, match="the disk is full"):  # nothing to wait for yet
             enrol(gateway, identity, flower, lambda: None, sleep)
     assert len(asked) == 3 and caught.value.status == 403
+
+
+def test_what_is_given_to_who_enrolled_is_added_to_what_is_there(user: Path) -> None:
+    folder, begins = joined("ada"), Membership.of(INVITATION)
+    found = Enrolment("ada", "", "approved", "a certificate", node_id="7")
+    Membership.change(folder, Disk(), lambda now: dataclasses.replace(now, terms="ab"))
+    for place in (folder, user):  # the latter has no membership yet
+        admit(place, begins, found, Disk())
+        now = Membership.load(place)
+        assert (now.certificate, now.node_id, now.token) == ("a certificate", "7", begins.token)
+        assert now.terms == ("ab" if place == folder else "")
 
 
 def test_a_gateway_that_put_down_another_key_is_found_out(
