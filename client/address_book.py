@@ -7,18 +7,12 @@ Threads may share a book; it can grow while connections are open.
 
 from __future__ import annotations
 
-import ipaddress
-import re
 import ssl
 import threading
 from dataclasses import dataclass
 
-from ..errors import FormatError
+from ..address import split_address
 from .peer_tls import check_certificate, pem_of
-
-_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
-_PORT = re.compile("0|[1-9][0-9]{0,4}")
-_HINT = "write host:port, for example peer.example.org:7070 or [2001:db8::1]:7070"
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,7 @@ class AddressBook:
         """
         check_certificate(peer, certificate)
         if address:
-            check_address(address)
+            split_address(address)
         contact = Contact(peer, pem_of(certificate), address)
         with self._lock:
             old = self._contacts.get(peer)
@@ -81,20 +75,3 @@ class AddressBook:
         """Version, and all certificates (PEM, joined) in that version."""
         with self._lock:
             return self._version, b"".join(self._owners)
-
-
-def check_address(address: str, least_port: int = 1) -> None:
-    """Raise FormatError unless this is host:port, and nothing that gRPC takes for a scheme."""
-    host, _, port = address.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]") and _is_ipv6(host[1:-1])
-    if not (bracketed or _HOST.fullmatch(host)):
-        raise FormatError(f"{address[:80]!r} is not an address", _HINT)
-    if not (_PORT.fullmatch(port) and least_port <= int(port) <= 65535):
-        raise FormatError(f"{address[:80]!r} names no port of 65,535 or less", _HINT)
-
-
-def _is_ipv6(text: str) -> bool:
-    try:
-        return ipaddress.IPv6Address(text).scope_id is None
-    except ValueError:
-        return False

@@ -11,13 +11,13 @@ from ..display import bytes_text
 from ..errors import FormatError, ModelError
 from ..peft_adapters.blueprint import Blueprint, open_blueprint
 from ..strategies.base import Strategy
-from ..strategies.registry import make
+from ..strategies.registry import strategy_of
 from ..strategies.transforms import make_transforms
+from ..terms import Terms
 from .data import Silo, silo_of
 from .message_sizes import measured_bytes
 from .policy import Policy
 from .sources import read_rows
-from .terms import Terms
 
 _ROUNDS = 2  # some strategies send different things in turn
 
@@ -44,7 +44,8 @@ class Offer:
         data, clients = terms.config.data, terms.config.clients
         rows = read_rows(rules.data, data.chunk)
         silo = silo_of(name, rows, data.train_rows, data.held_out_rows)
-        strategy = strategy_of(terms, local_base(terms, rules.base))
+        base = local_base(terms, rules.base)
+        strategy = strategy_of(terms.config, base.layers, base.digest)
         transforms = make_transforms(clients.clip_update, clients.wire)
         up, _ = measured_bytes(strategy, 1, _ROUNDS, clients.steps, transforms)
         return cls(terms, rules, strategy, silo, (min(up), max(up)))
@@ -79,19 +80,6 @@ class Offer:
             bound = f", its norm at most {clip:g}" if clip else ""
             yield f"an update of the adapter's weights{bound}: {whole}"
         yield "the training loss, the held-out loss, and how many rows and tokens they are of"
-
-
-def strategy_of(terms: Terms, blueprint: Blueprint) -> Strategy:
-    """The run's strategy over the layers of this machine's base."""
-    config = terms.config
-    return make(
-        config.strategy.name,
-        config.strategy.options,
-        blueprint.layers,
-        config.model.rank,
-        config.scaling,
-        blueprint.digest,
-    )
 
 
 def local_base(terms: Terms, base: str) -> Blueprint:

@@ -17,8 +17,8 @@ from ..events import Event, Observer
 from ..flower_commands import bundle_digest, bundle_in, environment, program
 from ..processes import Program, Supervisor, free_port
 from ..store import Disk, explained, locked
-from .home import FLOWER_KEY, FORWARDER_AUTHORITY, LOCK, PAUSED, SOCKET, TERMS
-from .terms import Terms
+from ..terms import Terms
+from .home import FLOWER_KEY, FORWARDER_AUTHORITY, LOCK, PAUSED, SOCKET, terms_in
 
 FORWARDER, TRAINER, SUPERNODE = "forwarder", "trainer", "supernode"
 
@@ -35,7 +35,7 @@ class ClientDaemon:
         self.folder, self.observer = folder, observer
         self._disk = Disk()
         self._flower = folder / "flower"
-        self.bundle = own_bundle(folder, Terms.load(folder / TERMS), self._disk)
+        self.bundle = own_bundle(folder, terms_in(folder), self._disk)
         self._forwarder_ready = folder / "forwarder.port"
         self._trainer_ready = folder / "trainer.pid"
         self._runtime_port = free_port()

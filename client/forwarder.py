@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import signal
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +32,7 @@ from ..fleet_routes import (
     REFUSAL,
 )
 from ..identity import default_path
+from ..service_process import asked_to_end, service_process
 from ..store import Disk, explained
 from .bundle_answer import carries_exactly
 from .flower_key import FlowerKey
@@ -242,9 +242,7 @@ def _port_in(file: Path) -> int:
 
 async def serve(options: ForwarderOptions) -> None:
     """Answer until the process is asked to end."""
-    ended = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    ended = asked_to_end()
     forwarder = Forwarder(options)
     async with forwarder.running():
         log.info("listening at port %d", forwarder.port)
@@ -257,12 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--ready", type=Path, required=True)
     options = ForwarderOptions(**vars(parser.parse_args(arguments)))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    try:
+    with service_process():
         asyncio.run(serve(options))
-    except MeadowError as error:
-        log.error("%s", error)
-        raise SystemExit(2) from error
 
 
 if __name__ == "__main__":

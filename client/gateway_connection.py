@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from ..address import split_address
 from ..closeable import Closeable
 from ..errors import GatewayError, IdentityError
 from ..fleet_routes import LARGEST_BODY
 from ..identity import Identity
-from ..invitation import split_address
 
 CONNECT_SECONDS = 4.0
 SILENCE_SECONDS = 30.0
@@ -45,7 +45,7 @@ class GatewayConnection(Closeable):
     """A connection that is made with the first exchange.  One thread at a time uses it."""
 
     def __init__(self, address: str, tls: ssl.SSLContext) -> None:
-        """`address` is "host:port".  Raises InvitationError for what is none."""
+        """`address` is "host:port".  Raises FormatError for what is none."""
         host, port = split_address(address)
         self.address = address
         self._http = http.client.HTTPSConnection(host, port, timeout=CONNECT_SECONDS, context=tls)

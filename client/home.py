@@ -7,8 +7,10 @@ from pathlib import Path
 
 from ..errors import ConfigError, IdentityError
 from ..store import explained
+from ..terms import Terms
 
 MEMBERSHIP = "membership.json"
+MEMBERSHIP_LOCK = "membership.lock"
 FLOWER_KEY = "flower-key"
 FORWARDER_AUTHORITY = "forwarder-authority.pem"
 TERMS = "terms.json"
@@ -39,3 +41,9 @@ def read_text(path: Path) -> str:
             raise ConfigError(f"there is no {path}", "`meadow client join` makes it") from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path} is not UTF-8 text") from error
+
+
+def terms_in(folder: Path) -> Terms:
+    """The terms that a participant's folder is for.  Raises FormatError, or ConfigError where there
+    are none."""
+    return Terms.parse(read_text(folder / TERMS))

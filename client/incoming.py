@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from ..errors import FormatError
 from ..strategies.base import Json, Turn
 from ..strategies.messages import turn_from_json, unpack_update
-from .terms import Terms
+from ..terms import Terms
 
 _LARGEST = 2**53
 _COUNTS = ("round", "rounds", "seed", "steps", "total_steps", "joined")

@@ -17,12 +17,12 @@ from ..fingerprint import fingerprint
 from ..identity import Identity, default_path
 from ..invitation import Invitation
 from ..store import Disk, explained, locked
+from ..terms import Terms
 from .gateway_client import Enrolment, GatewayClient
 from .home import LOCK, MEMBERSHIP, OUTGOING, POLICY, SOCKET, TERMS
 from .membership import Membership
 from .participant_text import is_missing
 from .policy import Policy, absolute_source
-from .terms import Terms
 from .trainer_link import target
 
 ASK_SECONDS = 1.0
@@ -110,8 +110,8 @@ def enrol(
 ) -> Enrolment:
     """Enrol, and ask until the operator has approved; `waiting` is called once if that takes time.
 
-    Raises GatewayError where the gateway refuses, or cannot be reached at the beginning;
-    IdentityError where it has put down another key than ours.
+    Raises GatewayError where the gateway refuses, or has no answer at the beginning; IdentityError
+    where it has put down another key than ours.
     """
     found = gateway.enrol(flower_key)
     if found.fingerprint != own_fingerprint(identity):
@@ -133,13 +133,23 @@ def own_fingerprint(identity: Identity) -> str:
 
 
 def _asked_again(gateway: GatewayClient, flower_key: str) -> Enrolment | None:
-    """Where the enrolment stands; None while the gateway is away."""
+    """Where the enrolment stands; None while the gateway is away, or cannot say."""
     try:
         return gateway.enrol(flower_key)
     except GatewayError as error:
-        if error.status:
+        if not error.may_pass:
             raise
         return None
+
+
+def admit(folder: Path, membership: Membership, found: Enrolment, disk: Disk) -> None:
+    """Write down what the coordinator has given to who enrolled with `membership`."""
+
+    def admitted(now: Membership) -> Membership:
+        certified = now.with_certificate(found.certificate)
+        return dataclasses.replace(certified, addresses=membership.addresses, node_id=found.node_id)
+
+    Membership.change(folder, disk, admitted, membership)
 
 
 # --- consent -------------------------------------------------------------------------------------
@@ -171,7 +181,7 @@ def approve(folder: Path, terms: Terms, text: bytes, rules: Policy, disk: Disk) 
     """Write down what the participant agreed to: the rules, then the terms (`text`)."""
     rules.approving(terms).save(folder / POLICY, disk)
     disk.write(folder / TERMS, text)
-    dataclasses.replace(Membership.load(folder), terms=terms.digest).save(folder, disk)
+    Membership.change(folder, disk, lambda now: dataclasses.replace(now, terms=terms.digest))
 
 
 def leave(folder: Path) -> None:

@@ -40,11 +40,15 @@ def rotate_identity(identity: Path, folders: Sequence[Path], disk: Disk | None =
                 found = client.rotate(new)
             if not found.certificate:
                 raise GatewayError(f"{found.name} is {found.status} at {membership.addresses[0]}")
-            membership.with_certificate(found.certificate).save(folder, disk)
+            _certify(folder, found.certificate, disk)
     with explained(identity):
         disk.rename(next_path(identity), identity)
     disk.confirm(identity.parent)
     return new
+
+
+def _certify(folder: Path, certificate: str, disk: Disk) -> None:
+    Membership.change(folder, disk, lambda now: now.with_certificate(certificate))
 
 
 def _is_of(membership: Membership, identity: Identity) -> bool:

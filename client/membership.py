@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from ssl import DER_cert_to_PEM_cert
@@ -16,10 +17,12 @@ from typing import Any
 
 from cryptography import x509
 
+from ..address import split_address
 from ..errors import FormatError
-from ..invitation import Invitation, split_address
+from ..file_lock import own_turn
+from ..invitation import Invitation
 from ..store import Disk
-from .home import MEMBERSHIP, read_text
+from .home import MEMBERSHIP, MEMBERSHIP_LOCK, read_text
 
 FORMAT = 1
 _AGAIN = "`meadow client join` writes it"
@@ -73,8 +76,29 @@ class Membership:
             split_address(address)
         return found
 
+    @classmethod
+    def change(
+        cls,
+        folder: Path,
+        disk: Disk,
+        change: Callable[[Membership], Membership],
+        first: Membership | None = None,
+    ) -> Membership:
+        """What `change` makes of the membership as it is now, which is written down; `first`, where
+        there is none.
+
+        The forwarder and the commands of the user change it: they take turns, so that neither
+        overwrites what the other wrote.  Errors as of `load`.
+        """
+        with own_turn(folder / MEMBERSHIP_LOCK):
+            if first is None or (folder / MEMBERSHIP).exists():
+                first = cls.load(folder)
+            after = change(first)
+            after.save(folder, disk)
+        return after
+
     def save(self, folder: Path, disk: Disk) -> None:
-        """Durable on return, and readable to its owner alone."""
+        """Durable on return, and readable to its owner alone; for who has the turn."""
         fields: dict[str, Any] = {"format": FORMAT, **dataclasses.asdict(self)}
         disk.write(folder / MEMBERSHIP, json.dumps(fields, indent=1).encode() + b"\n", 0o600)
 

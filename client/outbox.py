@@ -15,9 +15,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ..canonical_json import canonical
 from ..errors import FormatError, JournalError
 from ..store import Disk, digest_of, explained
-from ..wire import canonical
 
 FORMAT = 1
 _SEAL = re.compile(rb"meadow outbox (\d{1,9}) (\d{1,18}) [0-9a-f]{64}")

@@ -11,24 +11,26 @@ to come back.
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import cast
 
+from ..address import split_address
 from ..errors import MeadowError, PeerError
-from .address_book import AddressBook, check_address
+from .address_book import AddressBook
 from .peer_limits import Allowance, Clock, Counts, PeerLimits
 from .peer_net import LONGEST_CALL, RETRY_AFTER, SERVICE, grpc, one_line, size_options
 from .peer_tls import TlsCertificate, pem_of
+from .verbs import Verbs
 
 Handler = Callable[[bytes, str, bytes], bytes]
 """Calling peer's key, verb, body -> answer.  Its MeadowErrors are told to the caller."""
 
-_VERB = re.compile(re.escape(SERVICE) + "([a-z][a-z_]{0,31})")
+_VERB = "[a-z][a-z_]{0,31}"
 _STRANGER = b""  # in counts: who is not, or no longer, in the address book
 
 _log = logging.getLogger(__name__)
@@ -65,7 +67,7 @@ class PeerServer:
         """
         if self._server is not None:
             raise RuntimeError("this server was started already")
-        check_address(address, least_port=0)
+        split_address(address, least_port=0)
         workers = ThreadPoolExecutor(self._limits.workers, "meadow-peer")
         server = self._make(workers)
         try:
@@ -99,9 +101,8 @@ class PeerServer:
             *size_options(limits),
         ]
         most = limits.workers + limits.waiting
-        return grpc.server(
-            workers, [_Verbs(self._serve)], options=options, maximum_concurrent_rpcs=most
-        )
+        verbs = Verbs(SERVICE, _VERB, self._method)
+        return grpc.server(workers, [verbs], options=options, maximum_concurrent_rpcs=most)
 
     def _credentials(self) -> grpc.ServerCredentials:
         """TLS that asks for the newest book at every handshake."""
@@ -121,6 +122,11 @@ class PeerServer:
         return grpc.ssl_server_certificate_configuration(
             [(self._certificate.key_pem, own)], own + certificates
         )
+
+    def _method(self, verb: str) -> grpc.RpcMethodHandler[bytes, bytes]:
+        """Takes a stream of requests, so that a caller is judged before gRPC has read what it
+        sends."""
+        return grpc.stream_unary_rpc_method_handler(partial(self._serve, verb))
 
     def _serve(self, verb: str, requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         """One call, on a worker's thread."""
@@ -230,24 +236,3 @@ class _Refusal(Exception):
 
 def _unauthenticated(reason: str, text: str) -> _Refusal:
     return _Refusal(grpc.StatusCode.UNAUTHENTICATED, reason, text)
-
-
-class _Verbs(grpc.GenericRpcHandler):
-    """Every verb of the service, as a stream of requests: so that a caller is judged before gRPC
-    has read what it sends."""
-
-    def __init__(
-        self, serve: Callable[[str, Iterator[bytes], grpc.ServicerContext], bytes]
-    ) -> None:
-        self._serve = serve
-
-    def service(
-        self, details: grpc.HandlerCallDetails
-    ) -> grpc.RpcMethodHandler[bytes, bytes] | None:
-        found = _VERB.fullmatch(details.method)
-        if found is None:
-            return None
-        verb = found[1]
-        return grpc.stream_unary_rpc_method_handler(
-            lambda requests, context: self._serve(verb, requests, context)
-        )

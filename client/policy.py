@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 from ..config import checked
 from ..errors import ConfigError, IdentityError, PolicyError
 from ..store import Disk, explained
+from ..terms import Terms
 from .home import read_text
-from .terms import Terms
 
 if TYPE_CHECKING:  # torch stays out of commands that only read a policy
     from ..strategies.base import Turn

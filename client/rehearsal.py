@@ -8,8 +8,8 @@ from typing import Any
 
 from ..strategies.base import Strategy, Turn, Update
 from ..strategies.messages import pack_update, turn_to_json, unpack_update
+from ..terms import Terms
 from .outbox import Outbox
-from .terms import Terms
 
 
 class DryOutbox(Outbox):

@@ -34,6 +34,7 @@ from ..errors import (
     StorageError,
     TrainerError,
 )
+from ..service_process import ENDING, service_process
 from ..store import Disk, digest_of, locked
 from .home import (
     MEMBERSHIP,
@@ -42,9 +43,9 @@ from .home import (
     PAUSED,
     POLICY,
     SOCKET,
-    TERMS,
     read_text,
     require_private,
+    terms_in,
 )
 from .incoming import read_turn
 from .member import Member
@@ -52,7 +53,6 @@ from .outgoing_log import OutgoingLog
 from .policy import Policy, Used
 from .refusals import DEFECT, TOLD, outward
 from .rehearsal import DryOutbox, describe, first_message, list_tensors
-from .terms import Terms
 from .trainer_link import DRY_RUN, STATUS, TRAIN, VERBS
 from .trainer_socket import TrainerSocket
 from .work_limits import Stopping, WorkLimits, resident_mb
@@ -90,7 +90,7 @@ class ResidentTrainer(Closeable):
         self._folder, self._clock = folder, clock
         require_private(folder)
         self._name = _name_in(folder / MEMBERSHIP)
-        self._terms = Terms.load(folder / TERMS)
+        self._terms = terms_in(folder)
         self._policy().check_terms(self._terms)
         self._held = ExitStack()
         self._held.enter_context(locked(folder / "trainer.lock", "its trainer runs already"))
@@ -338,14 +338,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ready", type=Path, help="a file to write once all is loaded")
     chosen = parser.parse_args(arguments)
     os.umask(0o077)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ENDING:
         signal.signal(number, lambda *_: stop.set())
-    try:
+    with service_process():
         serve(chosen.folder.absolute(), chosen.ready, stop)
-    except MeadowError as error:
-        parser.exit(2, f"{error}\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,10 @@ from pathlib import Path
 
 from ..errors import ConfigError
 
+# What ProtectHome=yes hides (systemd.exec(5)): a service that uses anything there gets these trees
+# read-only instead.
+_HOMES = (Path("/home"), Path("/root"), Path("/run/user"))
+
 _TEMPLATE = """\
 [Unit]
 Description=meadow participant {name}
@@ -99,7 +103,7 @@ def unit_text(name: str, folder: Path, home: Path, fence: Fence, python: str = "
     limits = f"MemoryMax={fence.memory_mb}M\n" if fence.memory_mb else ""
     limits += f"CPUQuota={round(100 * fence.cpus)}%\n" if fence.cpus else ""
     limits += "TasksMax=512\n"
-    in_homes = any(str(path).startswith(("/home/", "/root/")) for path in paths)
+    in_homes = any(path.is_relative_to(tree) for path in paths for tree in _HOMES)
     return _TEMPLATE.format(
         name=name,
         user=fence.user,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from ..closeable import Closeable
@@ -13,13 +13,14 @@ from ..errors import MeadowError, TrainerError
 from .home import require_private
 from .peer_net import grpc
 from .trainer_link import GREET, OPTIONS, SERVICE, target
+from .verbs import Verbs
 from .work_limits import Stopping
 
 Handler = Callable[[str, bytes, Callable[[], bool]], bytes]
 """Verb, body, and whether the caller still waits -> answer.  Its MeadowErrors are told to the
 caller."""
 
-_VERB = re.compile(re.escape(SERVICE) + "([a-z][a-z-]{0,31})")
+_VERB = "[a-z][a-z-]{0,31}"
 _THREADS = 8
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ class TrainerSocket(Closeable):
         require_private(path.parent)
         self._handler, self._grace = handler, grace
         self._workers = ThreadPoolExecutor(_THREADS, "meadow-trainer")
-        self._server = grpc.server(self._workers, [_Verbs(self._serve)], options=OPTIONS)
+        verbs = Verbs(SERVICE, _VERB, self._method)
+        self._server = grpc.server(self._workers, [verbs], options=OPTIONS)
         try:
             self._server.add_insecure_port(target(path))
         except RuntimeError as error:
@@ -48,6 +50,9 @@ class TrainerSocket(Closeable):
         self._server.stop(self._grace).wait()
         self._workers.shutdown()
 
+    def _method(self, verb: str) -> grpc.RpcMethodHandler[bytes, bytes]:
+        return grpc.unary_unary_rpc_method_handler(partial(self._serve, verb))
+
     def _serve(self, verb: str, body: bytes, context: grpc.ServicerContext) -> bytes:
         if verb == GREET:
             return b""
@@ -60,21 +65,3 @@ class TrainerSocket(Closeable):
         except Exception:
             log.exception("%r met a defect", verb)
             context.abort(grpc.StatusCode.INTERNAL, "it met a defect; its own log says which")
-
-
-class _Verbs(grpc.GenericRpcHandler):
-    """Every name that can be a verb; the handler says which exist."""
-
-    def __init__(self, serve: Callable[[str, bytes, grpc.ServicerContext], bytes]) -> None:
-        self._serve = serve
-
-    def service(
-        self, details: grpc.HandlerCallDetails
-    ) -> grpc.RpcMethodHandler[bytes, bytes] | None:
-        found = _VERB.fullmatch(details.method)
-        if found is None:
-            return None
-        verb = found[1]
-        return grpc.unary_unary_rpc_method_handler(
-            lambda body, context: self._serve(verb, body, context)
-        )

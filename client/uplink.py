@@ -100,9 +100,20 @@ class Uplink(Closeable):
         found = self._again(membership) if self._clock() >= ends else self.client().renew()
         if not found.certificate:
             raise GatewayError(f"the coordinator says that {found.name} is {found.status}")
-        membership.with_certificate(found.certificate).save(self._folder, self._disk)
-        log.info("the certificate was renewed")
-        return True
+        return self._keep(found.certificate, membership.certificate)
+
+    def _keep(self, new: str, old: str) -> bool:
+        """Put a certificate in the place of an old one, unless that was replaced meanwhile: by one
+        for another key, perhaps."""
+
+        def renewed(now: Membership) -> Membership:
+            return now.with_certificate(new) if now.certificate == old else now
+
+        kept = Membership.change(self._folder, self._disk, renewed).certificate == new
+        log.info(
+            "the certificate was renewed" if kept else "the certificate was replaced meanwhile"
+        )
+        return kept
 
     def client(self) -> GatewayClient:
         """The client for the membership and the key as they are now."""

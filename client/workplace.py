@@ -19,8 +19,9 @@ from ..identity import default_path
 from ..peft_adapters.blueprint import check_shape
 from ..store import Disk
 from ..strategies.base import Answer, Request, Strategy
-from ..strategies.registry import make
+from ..strategies.registry import strategy_of
 from ..strategies.transforms import make_transforms
+from ..terms import Terms
 from .data import silo_of
 from .gpu_lock import gpu_claimed
 from .home import OUTBOX
@@ -29,7 +30,6 @@ from .outbox import Outbox
 from .participant_text import ParticipantText, Text
 from .policy import Policy
 from .task import Participant, answer
-from .terms import Terms
 from .trainer import Trainer
 from .workbench import Workbench, open_workbench
 
@@ -103,14 +103,7 @@ class Workplace(Closeable):
 
     def strategy(self, policy: Policy) -> Strategy:
         config, layers = self.config, self._workbench(policy).layers
-        made = make(
-            config.strategy.name,
-            config.strategy.options,
-            layers,
-            config.model.rank,
-            config.scaling,
-            self.terms.base_digest,
-        )
+        made = strategy_of(config, layers, self.terms.base_digest)
         made.check_clients(config.clients)
         check_shape(config.model.rank, layers, made.integers)
         return made

@@ -75,7 +75,15 @@ def _join(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .client.flower_key import FlowerKey
     from .client.gateway_client import GatewayClient
     from .client.home import FLOWER_KEY
-    from .client.joining import begun, enrol, folder_of, make_folder, own_fingerprint, rules_of
+    from .client.joining import (
+        admit,
+        begun,
+        enrol,
+        folder_of,
+        make_folder,
+        own_fingerprint,
+        rules_of,
+    )
     from .identity import own_identity
     from .invitation import Invitation
 
@@ -95,8 +103,7 @@ def _join(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             display.enter("waiting for the operator's approval (the same command goes on waiting)")
 
         enrolment = enrol(gateway, identity, flower.public_pem, waiting)
-    node, certificate = enrolment.node_id, enrolment.certificate
-    dataclasses.replace(membership, certificate=certificate, node_id=node).save(folder, disk)
+    admit(folder, membership, enrolment, disk)
     return _consent(folder, options, console)
 
 
@@ -121,8 +128,8 @@ def _consent(folder: Path, options: argparse.Namespace, console: Console) -> dic
     from .client.home import LOCK, POLICY
     from .client.joining import approve, rules_of
     from .client.membership import Membership
-    from .client.terms import Terms
     from .identity import own_identity
+    from .terms import Terms
 
     membership, disk = Membership.load(folder), Disk()
     with GatewayClient(membership, own_identity()) as gateway:

@@ -5,13 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import secrets
-import signal
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from random import Random
-from threading import Thread
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -20,8 +16,10 @@ from .config import Config, load
 from .display import Display
 from .errors import ConfigError, DataError, FormatError, IdentityError, JournalError
 from .events import Event, Observer
+from .interruption import until_interrupted
 
 Add = Callable[..., argparse.ArgumentParser]
+_ENDING = "ending after the record at hand; once more: at once, without that record"
 _FOLDER = "name the folder of a peer that has run"
 
 
@@ -207,33 +205,12 @@ def _run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         stepper = Stepper(config, charter, own_identity(), bench, person, display.advance)
         observer = _narrated(display)
         with Peer(charter_file, own_identity(), stepper, bench, folder, observer) as peer:
-            with _until_signal(peer.stop, display):
+            with until_interrupted(peer.stop, lambda: display.enter(_ENDING)):
                 peer.start()
                 display.enter("training and gossiping; Ctrl-C ends it, the same command goes on")
                 peer.work()
                 peer.report()
             return {"folder": str(folder), "truncated": cut, **peer.status()}
-
-
-@contextmanager
-def _until_signal(stop: Callable[[], None], display: Display) -> Iterator[None]:
-    """The first Ctrl-C, or SIGTERM, asks to stop; another ends the command at once."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-        display.enter("ending after the record at hand; once more: at once, without that record")
-        Thread(target=stop).start()  # what it locks, the interrupted code may hold
-
-    for number in numbers:
-        signal.signal(number, ask)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _narrated(display: Display) -> Observer:

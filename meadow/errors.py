@@ -115,6 +115,11 @@ class GatewayError(MeadowError):
         super().__init__(message, hint)
         self.status = status
 
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same request may be answered later: now the gateway is away, or too busy."""
+        return self.status in (0, 429, 502, 503, 504)
+
 
 class RegistryError(MeadowError):
     """A name, version or signer of the registry that does not allow what is asked of it."""
@@ -142,3 +147,9 @@ class TrainerError(MeadowError):
 
 class DeploymentError(MeadowError):
     """A process of a deployment failed, or did not get to where it should."""
+
+
+def quoted(text: object) -> str:
+    """Foreign text for a one-line message: escaped, and not longer than a line."""
+    found = repr(text)
+    return found if len(found) <= 120 else found[:117] + "..."

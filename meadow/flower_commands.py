@@ -31,25 +31,37 @@ _QUIET = {
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(POLL_SECONDS),
 }
 _LICENSE = "Entry points only; the code is what each machine has installed.\n"
-_PROJECT = """\
+_PROJECT_FORM = """\
 [project]
-name = "meadow-run"
+name = "{name}"
 version = "1.0.0"
-description = "Entry points only"
-license = { file = "LICENSE" }
+description = "{description}"
+license = {{ file = "LICENSE" }}
 dependencies = ["flwr>=1.41,<1.42"]
 
 [tool.flwr.app]
-publisher = "meadow"
+publisher = "{publisher}"
 fab-format-version = 1
 flwr-version-target = "1.41.0"
 
 [tool.flwr.app.components]
-serverapp = "meadow.server.app:app"
-clientapp = "meadow.client.app:app"
+serverapp = "{server}"
+clientapp = "{client}"
 
 [tool.flwr.app.config]
 """
+
+
+def project_text(name: str, description: str, publisher: str, server: str, client: str) -> str:
+    """The pyproject.toml of a Flower app; its settings are what is appended."""
+    return _PROJECT_FORM.format(
+        name=name, description=description, publisher=publisher, server=server, client=client
+    )
+
+
+_PROJECT = project_text(
+    "meadow-run", "Entry points only", "meadow", "meadow.server.app:app", "meadow.client.app:app"
+)
 
 
 def program(name: str) -> str:

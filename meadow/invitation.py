@@ -13,15 +13,15 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import ipaddress
 import json
 import re
 from dataclasses import asdict, dataclass
 
 from cryptography import x509
 
+from .address import split_address
 from .canonical_json import Json, canonical
-from .errors import InvitationError
+from .errors import FormatError, InvitationError
 from .participant_name import normal_name
 
 PREFIX = "meadow1:"
@@ -31,8 +31,6 @@ LARGEST = 16 * 2**10  # characters; a usual one has about 1,000
 _CHECKSUM_BYTES = 4
 _MOST_ADDRESSES = 16
 _LATEST = 2**53  # seconds; every JSON reader keeps it exactly
-_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
-_PORT = re.compile("[1-9][0-9]{0,4}")
 _AGAIN = "copy the whole invitation, or ask the operator for a new one"
 
 
@@ -59,7 +57,7 @@ class Invitation:
                 f"an invitation names 1 to {_MOST_ADDRESSES} addresses, not {len(self.addresses)}"
             )
         for address in self.addresses:
-            split_address(address)
+            _check_address(address)
         if self.authority:
             _check_certificate(self.authority)
         if len(self.token) != TOKEN_BYTES or not 0 <= self.expires <= _LATEST:
@@ -89,27 +87,11 @@ class Invitation:
         return invitation
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """Host (an IPv6 one without its brackets) and port of "host:port", or InvitationError."""
-    host, _, port = address.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-        good = _is_ipv6(host)
-    else:
-        good = _HOST.fullmatch(host) is not None
-    if not good or not _PORT.fullmatch(port) or int(port) > 65535:
-        raise InvitationError(
-            f"{address[:80]!r} is not an address",
-            "write host:port, for example meadow.example.org:8443 or [2001:db8::1]:8443",
-        )
-    return host, int(port)
-
-
-def _is_ipv6(text: str) -> bool:
+def _check_address(address: str) -> None:
     try:
-        return ipaddress.IPv6Address(text).scope_id is None
-    except ValueError:
-        return False
+        split_address(address)
+    except FormatError as error:
+        raise InvitationError(error.message, error.hint) from error
 
 
 def _check_certificate(der: bytes) -> None:

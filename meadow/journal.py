@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .canonical_json import Json, canonical
 from .closeable import Closeable
 from .errors import FormatError, JournalError, UpdateError
 from .store import Blobs, Disk, digest_of, explained, locked
-from .wire import Json, canonical
 
 FORMAT = 1
 _ANEW = "choose another --out, or delete that folder to start anew"

@@ -13,14 +13,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .errors import FormatError, UpdateError
+from .canonical_json import Json, canonical
+from .errors import FormatError, UpdateError, quoted
 
-Json = Any  # what json.dumps takes
 Shape = tuple[int, ...]
 
 FORMAT = 1
@@ -60,13 +60,6 @@ class _Field(NamedTuple):
     def rank(self) -> tuple[int, str]:
         """Wide types come first, so that every tensor is aligned to its own width."""
         return -_TYPES[self.kind].itemsize, self.name
-
-
-def canonical(value: Json) -> str:
-    """The one JSON text of a value.  ValueError where a number is not finite."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    )
 
 
 def encode(tensors: Mapping[str, Tensor], meta: Json) -> bytes:
@@ -109,20 +102,14 @@ def require_finite(tensors: Mapping[str, Tensor], who: str) -> None:
     """Raise UpdateError that names `who` and the first tensor that holds a NaN or an infinity."""
     for name in sorted(tensors):
         if not bool(torch.isfinite(tensors[name]).all()):
-            raise UpdateError(f"{who} sent {_quote(name)} with a value that is not finite")
-
-
-def _quote(text: object) -> str:
-    """Foreign text for a one-line message: escaped, and not longer than a line."""
-    quoted = repr(text)
-    return quoted if len(quoted) <= 120 else quoted[:117] + "..."
+            raise UpdateError(f"{who} sent {quoted(name)} with a value that is not finite")
 
 
 def _declare(name: str, tensor: Tensor) -> _Field:
     if name == _METADATA:
-        raise FormatError(f"no tensor can be called {_quote(name)}")
+        raise FormatError(f"no tensor can be called {quoted(name)}")
     if tensor.dtype not in _KINDS:
-        raise FormatError(f"tensor {_quote(name)} of type {tensor.dtype} does not travel")
+        raise FormatError(f"tensor {quoted(name)} of type {tensor.dtype} does not travel")
     return _Field(name, _KINDS[tensor.dtype], tuple(tensor.shape))
 
 
@@ -165,7 +152,7 @@ def _parse(header: bytes) -> tuple[list[_Field], Json]:
         meta = json.loads(text)
         exact = canonical(meta) == text and _header(fields, text) == header
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"the message's header cannot be read: {_quote(str(error))}") from error
+        raise FormatError(f"the message's header cannot be read: {quoted(str(error))}") from error
     if not exact:
         raise FormatError("the message's header contradicts itself or is not in canonical form")
     return fields, meta
@@ -178,7 +165,7 @@ def _meta_text(entries: Json) -> str:
         raise FormatError("the message carries no format version: meadow did not write it")
     if metadata["meadow"] != str(FORMAT):
         raise FormatError(
-            f"the message has format {_quote(metadata['meadow'])}, this meadow reads '{FORMAT}'",
+            f"the message has format {quoted(metadata['meadow'])}, this meadow reads '{FORMAT}'",
             "install the same version of meadow on both sides",
         )
     text = metadata.get("json")
@@ -191,14 +178,14 @@ def _field(name: str, entry: Json) -> _Field:
     """One declared tensor whose type and shape a machine can hold."""
     kind = entry.get("dtype") if isinstance(entry, dict) else None
     if not isinstance(kind, str) or kind not in _TYPES:
-        raise FormatError(f"tensor {_quote(name)} has type {_quote(kind)}, which does not travel")
+        raise FormatError(f"tensor {quoted(name)} has type {quoted(kind)}, which does not travel")
     shape = entry.get("shape")
     if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS:
-        raise FormatError(f"tensor {_quote(name)} has no shape of {_MOST_DIMENSIONS} dimensions")
+        raise FormatError(f"tensor {quoted(name)} has no shape of {_MOST_DIMENSIONS} dimensions")
     if not all(type(n) is int and 0 <= n <= _MOST_ELEMENTS for n in shape):
-        raise FormatError(f"tensor {_quote(name)} has the impossible shape {_quote(shape)}")
+        raise FormatError(f"tensor {quoted(name)} has the impossible shape {quoted(shape)}")
     if math.prod(max(n, 1) for n in shape) > _MOST_ELEMENTS:
-        raise FormatError(f"tensor {_quote(name)} is too large: {_quote(shape)}")
+        raise FormatError(f"tensor {quoted(name)} is too large: {quoted(shape)}")
     return _Field(name, kind, tuple(shape))
 
 
@@ -206,12 +193,12 @@ def _compare(found: Mapping[str, Shape], expect: Mapping[str, Shape]) -> None:
     """Raise UpdateError at the first name, in sorted order, where the two differ."""
     for name in sorted(found.keys() | expect.keys()):
         if name not in found:
-            raise UpdateError(f"tensor {_quote(name)} is missing")
+            raise UpdateError(f"tensor {quoted(name)} is missing")
         if name not in expect:
-            raise UpdateError(f"tensor {_quote(name)} is not expected")
+            raise UpdateError(f"tensor {quoted(name)} is not expected")
         if found[name] != tuple(expect[name]):
             raise UpdateError(
-                f"tensor {_quote(name)} has shape {found[name]}, expected {tuple(expect[name])}"
+                f"tensor {quoted(name)} has shape {found[name]}, expected {tuple(expect[name])}"
             )
 
 
@@ -225,7 +212,7 @@ def _tensors(fields: Iterable[_Field], payload: memoryview) -> dict[str, Tensor]
 
 def _tensor(field: _Field, raw: bytearray) -> Tensor:
     if field.kind == "BOOL" and raw.translate(None, b"\0\1"):
-        raise FormatError(f"tensor {_quote(field.name)} holds a truth value that is not 0 or 1")
+        raise FormatError(f"tensor {quoted(field.name)} holds a truth value that is not 0 or 1")
     dtype = _TYPES[field.kind]
     flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
     return flat.reshape(field.shape)

@@ -13,9 +13,10 @@ from ..config import Config, ModelConfig
 from ..errors import ConfigError
 from ..nano import FOLDER as NANO_FOLDER
 from ..store import Disk
+from .adapter_writer import save_adapter
 from .base_model import NANO, load_skeleton, sites
 from .layout import Site, Tree
-from .peft_format import SERVABLE_RANKS, largest_rank, save_adapter
+from .peft_format import SERVABLE_RANKS, largest_rank
 
 
 @dataclass(frozen=True)

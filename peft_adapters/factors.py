@@ -157,7 +157,7 @@ def pad(B: Tensor, A: Tensor, rank: int) -> Pair:
 
     The new rows of A are orthonormal and orthogonal to the old ones, so that training starts at
     the same function and no direction is dead.  (On disk, where nothing is learned any more,
-    `peft_format` pads both factors with zeros.)
+    `adapter_writer` pads both factors with zeros.)
     Raises AdapterError if `rank` is below the present one or above min(out, in).
     """
     _check_pair(B, A)

@@ -19,10 +19,10 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from .. import __version__
+from ..canonical_json import canonical
 from ..errors import AdapterError, FormatError
 from ..identity import Identity, verify
 from ..store import DRAFT, Disk, explained
-from ..wire import canonical
 
 MANIFEST = "manifest.json"
 ADAPTER = "adapter"

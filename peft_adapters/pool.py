@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..canonical_json import canonical
 from ..errors import FormatError, UpdateError
-from ..wire import canonical
 from .layout import Site, Tree
 from .philox import signs
 

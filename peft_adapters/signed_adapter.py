@@ -23,20 +23,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from ..canonical_json import canonical
 from ..errors import AdapterError
 from ..store import DRAFT, explained
+from .adapter_reader import Adapter, Outline, check_fits, read_outline, read_tensors
 from .blueprint import Blueprint
 from .manifest import LARGEST as LARGEST_MANIFEST
 from .manifest import MANIFEST, Provenance, open_manifest, provenance_of
-from .peft_format import (
-    CONFIG,
-    LARGEST_JSON,
-    LARGEST_RANK,
-    WEIGHTS,
-    Adapter,
-    Outline,
-    check_fits,
-    read_outline,
-    read_tensors,
-)
+from .peft_format import CONFIG, LARGEST_RANK, WEIGHTS
+from .safetensors_header import LARGEST_JSON
 
 _AGAIN = "get this adapter again"
 

@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ..address import split_address
 from ..config import Config
 from ..errors import ConfigError, FlowerError, RosterError
 from ..events import Event, EventTail, Observer
 from ..file_lock import is_held
-from ..invitation import split_address
 from ..listening import require_free
 from ..participant_name import normal_name
 from ..processes import FIRST_DELAY, LONGEST_DELAY, Program, Supervisor
@@ -213,8 +213,8 @@ def require_fingerprint(roster: Roster, name: str, expected: str) -> None:
 
 
 def check_settings(config: Config) -> None:
-    """Raise InvitationError, before anything is made, for an address or a name that cannot be;
-    ConfigError or IdentityError for an own certificate that cannot be used."""
+    """Raise, before anything is made, FormatError for an address that is none, InvitationError for
+    a name that cannot be, ConfigError or IdentityError for an own certificate of no use."""
     for address in public_addresses(config):
         split_address(address)
     for name in config.coordinator.invite:

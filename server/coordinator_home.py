@@ -20,18 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..config import Config, load, to_json, write
+from ..config import Config, load, write
 from ..errors import ConfigError, FormatError, JournalError
 from ..file_lock import is_held
 from ..identity import Identity
 from ..journal import Journal, RunIdentity
 from ..peft_adapters.blueprint import Blueprint, check_shape
 from ..store import Disk, explained
-from ..strategies.registry import make
+from ..strategies.registry import strategy_of
+from ..terms import draft, fields_of
 from .run_folder import environment
 
-FORMAT = 1
+_RESTORE = "restore it from a backup, or install the meadow that wrote it"
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class CoordinatorHome:
             disk.write(self.identity_file, identity.private_pem, 0o600)
         run_id = before["run"] if before else self._new_run(config, blueprint, disk)
         disk.write(self.settings, write(config).encode())
-        terms = terms_of(config, run_id, blueprint.digest, bundle, self.identity())
+        terms = draft(config, run_id, blueprint.digest, bundle, self.identity())
         disk.write(self.terms, json.dumps(terms, indent=1).encode())
         return bool(before) and before != json.loads(json.dumps(terms))
 
@@ -149,8 +149,7 @@ class CoordinatorHome:
             )
         if not self.terms.exists():
             return {}
-        with explained(self.terms):
-            terms = _read_terms(self.terms.read_bytes())
+        terms = _fields_in(self.terms)
         if terms["base_digest"] != blueprint.digest:
             raise JournalError(
                 f"the base model {config.model.base} is another than the run began with",
@@ -170,7 +169,7 @@ def run_identity(config: Config, blueprint: Blueprint) -> RunIdentity:
 
 def check_deployable(config: Config, blueprint: Blueprint) -> None:
     """Refuse what cannot be trained, before anyone is invited."""
-    strategy = make(config.strategy.name, config.strategy.options, (), config.model.rank)
+    strategy = strategy_of(config)
     strategy.check_clients(config.clients)
     check_shape(config.model.rank, blueprint.layers, strategy.integers)
     if config.simulation.engine != "sequential":
@@ -179,32 +178,11 @@ def check_deployable(config: Config, blueprint: Blueprint) -> None:
         )
 
 
-def terms_of(
-    config: Config, run_id: str, base_digest: str, bundle: str, identity: Identity
-) -> dict[str, Any]:
-    """What a participant reads, approves and pins: JSON."""
-    shared = config.shared()
-    return {
-        "format": FORMAT,
-        "run": run_id,
-        "config": to_json(shared),
-        "config_digest": shared.digest(),
-        "base_digest": base_digest,
-        "bundle": bundle,
-        "coordinator": identity.public.public_bytes_raw().hex(),
-        "meadow": __version__,
-    }
-
-
-def _read_terms(data: bytes) -> dict[str, Any]:
-    """Terms from bytes.  Raises FormatError."""
+def _fields_in(path: Path) -> dict[str, Any]:
+    """The terms in a file, whichever version of meadow wrote them.  Raises FormatError."""
+    with explained(path):
+        data = path.read_bytes()
     try:
-        terms = json.loads(data)
-        version, _, _ = terms["format"], terms["run"], terms["base_digest"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(
-            "the folder's terms.json is damaged", "restore it from a backup"
-        ) from error
-    if version != FORMAT:
-        raise FormatError(f"the terms have format {version}; this meadow reads format {FORMAT}")
-    return dict(terms)
+        return fields_of(data)
+    except FormatError as error:
+        raise FormatError(f"{path}: {error.message}", _RESTORE) from error

@@ -23,8 +23,7 @@ from ..journal import Journal
 from ..peft_adapters.blueprint import Blueprint, open_blueprint
 from ..peft_adapters.manifest import write_manifest
 from ..store import Disk, locked
-from ..strategies.base import Strategy
-from ..strategies.registry import make
+from ..strategies.registry import strategy_of
 from ..strategies.transforms import make_transforms
 from .app import GridPeers, Nodes
 from .coordinator import KEPT_ROUNDS, Coordinator, Peers
@@ -84,7 +83,7 @@ class DeployedRun:
         self.home, self.config, self.blueprint = home, config, blueprint
         self.journal, self.peers, self.inbox, self.observer = journal, peers, inbox, observer
         self.disk, self.sleep = disk, sleep
-        self.strategy = strategy_of(config, blueprint)
+        self.strategy = strategy_of(config, blueprint.layers, blueprint.digest)
 
     def rounds(self) -> Coordinator:
         """All rounds that are left."""
@@ -187,17 +186,6 @@ class Inbox:
         told = ", ".join(map(str, rounds)) or "none"
         text = f"{name} withdrew; its contributions are deleted (rounds: {told})"
         self._observer(Event("notice", 0, {"text": text}))
-
-
-def strategy_of(config: Config, blueprint: Blueprint) -> Strategy:
-    return make(
-        config.strategy.name,
-        config.strategy.options,
-        blueprint.layers,
-        config.model.rank,
-        config.scaling,
-        blueprint.digest,
-    )
 
 
 def nodes_of(roster: Roster) -> dict[str, int]:

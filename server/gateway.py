@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import contextlib
 import logging
-import signal
 import socket
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -22,10 +21,11 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
+from ..address import split_address
 from ..config import CoordinatorConfig, load
 from ..errors import ConfigError, MeadowError
 from ..fleet_routes import LARGEST_BODY
-from ..invitation import split_address
+from ..service_process import asked_to_end, service_process
 from ..store import Disk
 from .authority import LOCAL_HOSTS, Authority
 from .gateway_desk import Desk
@@ -165,9 +165,7 @@ async def _stop(server: asyncio.Server, listener: Listener, superlink: SuperLink
 
 async def serve(options: GatewayOptions) -> None:
     """Answer requests until the process is asked to end."""
-    ended = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    ended = asked_to_end()
     gateway = Gateway(options)
     async with gateway.running():
         log.info("listening at port %d", gateway.port)
@@ -194,12 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ready", type=Path, required=True)
     parser.add_argument("--largest", type=int, default=LARGEST_BODY)
     options = GatewayOptions(**vars(parser.parse_args(arguments)))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    try:
+    with service_process():
         asyncio.run(serve(options))
-    except MeadowError as error:
-        log.error("%s", error)
-        raise SystemExit(2) from error
 
 
 if __name__ == "__main__":

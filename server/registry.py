@@ -32,19 +32,19 @@ from ..errors import (
 from ..file_lock import own_turn
 from ..identity import Identity, default_path, key_id
 from ..peft_adapters.blueprint import Blueprint
-from ..peft_adapters.peft_format import Adapter
 from ..peft_adapters.signed_adapter import Limits, SignedAdapter, Verified
 from ..store import Disk
 from .registry_changes import Changes, refuse_bound_elsewhere
 from .registry_database import Database
 from .registry_folders import VersionFolders
 from .registry_gates import Checked, Gate, Verdict
-from .registry_gc import Collected, Retention, needed
+from .registry_gc import Collected, Retention, collect
 from .registry_leases import Leases
 from .registry_names import PROD, Reference, adapter_name, alias_name
+from .registry_opened import Opened
 from .registry_rows import Alias, Entry, Rows, Version
 
-__all__ = ["Alias", "Entry", "Opened", "Registry", "Version", "default_folder"]
+__all__ = ["Alias", "Entry", "Registry", "Version", "default_folder"]
 
 _UNUSABLE = (AdapterError, FormatError, IdentityError, RegistryError)
 """What is wrong with a version itself, and not with the disk."""
@@ -362,72 +362,11 @@ class Registry(Closeable):
         With `dry_run`, only say which.
         """
         kept, now = retention or Retention(), self._clock()
-
-        def forget(changes: Changes, leased: set[str]) -> tuple[list[Version], set[str]]:
-            rows = changes.rows
-            stay = needed(rows, kept, now)
-            unneeded = [version for version in rows.versions() if version.id not in stay]
-            gone = [version for version in unneeded if version.id not in leased]
-            if not dry_run:
-                changes.delete({version.id for version in gone})
-            return gone, {version.id for version in unneeded} & leased
-
         with self._turn():
-            leased = self._leases.held()
-            gone, in_use = self._database.change(lambda changes: forget(changes, leased))
-            leftovers = self._orphans() - {version.id for version in gone}
-            if not dry_run:
-                self._delete_orphans()
-        sizes = {version.id: version.bytes for version in gone}
-        in_order = tuple(sorted(in_use))
-        return Collected(tuple(gone), sum(sizes.values()), in_order, len(leftovers))
-
-    def _orphans(self) -> set[str]:
-        """Folders that no version names."""
-        named = {version.id for version in self.versions()}
-        return self._folders.ids() - named
-
-    def _delete_orphans(self) -> None:
-        """Who has leased one just before it was forgotten keeps it until the next time."""
-        for id in sorted(self._orphans() - self._leases.held()):
-            self._folders.delete(id)
-        self._folders.sweep()
+            return collect(self._database, self._folders, self._leases, kept, now, dry_run)
 
     def _turn(self) -> AbstractContextManager[None]:
         return own_turn(self.folder / "registry.lock")
-
-
-class Opened(Closeable):
-    """A version in use: it was verified, and is not deleted before this is closed."""
-
-    def __init__(
-        self, version: Version, folders: VersionFolders, verified: Verified, leases: Leases
-    ) -> None:
-        self.version = version
-        self.verified = verified
-        self._folders = folders
-        self._leases: Leases | None = leases
-
-    @property
-    def folder(self) -> Path:
-        """Where its files are: a standard PEFT adapter."""
-        return self._folders.path(self.version.id)
-
-    def read(self) -> Adapter:
-        """The adapter, from bytes that still are those that were verified.
-
-        Raises AdapterError where they were changed since.
-        """
-        files = self._folders.read(self.version.id)
-        if files.id != self.version.id:
-            raise AdapterError(f"{files.origin} was changed after {self.version} was verified")
-        return files.decode()
-
-    def close(self) -> None:
-        """It may be deleted from now on, as far as this use of it goes."""
-        if self._leases is not None:
-            self._leases.give(self.version.id)
-            self._leases = None
 
 
 def _is_at(rows: Rows, name: str, alias: str, revision: int | None) -> bool:

@@ -23,7 +23,8 @@ from ..errors import FormatError, IdentityError, RegistryError, StorageError
 from ..identity import key_id
 from ..peft_adapters.manifest import LARGEST as LARGEST_MANIFEST
 from ..peft_adapters.manifest import MANIFEST
-from ..peft_adapters.peft_format import CONFIG, LARGEST_JSON, WEIGHTS
+from ..peft_adapters.peft_format import CONFIG, WEIGHTS
+from ..peft_adapters.safetensors_header import LARGEST_JSON
 from ..peft_adapters.signed_adapter import Limits, SignedAdapter
 from ..store import DRAFT, Disk, explained
 from .registry import Named, Registry

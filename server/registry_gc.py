@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .registry_changes import Changes
+from .registry_database import Database
+from .registry_folders import VersionFolders
+from .registry_leases import Leases
 from .registry_rows import Rows, Version
 
 DAY = 86400.0  # seconds
@@ -32,6 +36,36 @@ class Collected:
     """Folders that no version names: of publications that were cut off."""
 
 
+def collect(
+    database: Database,
+    folders: VersionFolders,
+    leases: Leases,
+    retention: Retention,
+    now: float,
+    dry_run: bool,
+) -> Collected:
+    """Delete the versions that nothing needs and no process uses, and leftovers; with `dry_run`,
+    only say which.  For whoever has the registry's turn; `now` is Unix seconds.
+    """
+    leased = leases.held()
+
+    def forget(changes: Changes) -> tuple[list[Version], set[str]]:
+        stay = needed(changes.rows, retention, now)
+        unneeded = [version for version in changes.rows.versions() if version.id not in stay]
+        gone = [version for version in unneeded if version.id not in leased]
+        if not dry_run:
+            changes.delete({version.id for version in gone})
+        return gone, {version.id for version in unneeded} & leased
+
+    gone, in_use = database.change(forget)
+    sizes = {version.id: version.bytes for version in gone}
+    orphans = _orphans(database, folders)
+    if not dry_run:
+        _delete(orphans - leases.held(), folders)
+    leftovers = orphans - sizes.keys()
+    return Collected(tuple(gone), sum(sizes.values()), tuple(sorted(in_use)), len(leftovers))
+
+
 def needed(rows: Rows, retention: Retention, now: float) -> set[str]:
     """The ids of all contents that have to stay."""
     ids = {version.id for version in rows.versions("published > ?", now - retention.days * DAY)}
@@ -51,3 +85,16 @@ def _with_ancestors(ids: set[str], parents: dict[str, set[str]]) -> set[str]:
         found |= new
         left += new
     return found
+
+
+def _orphans(database: Database, folders: VersionFolders) -> set[str]:
+    """Folders that no version names."""
+    named = {version.id for version in database.read(lambda rows: rows.versions())}
+    return folders.ids() - named
+
+
+def _delete(orphans: set[str], folders: VersionFolders) -> None:
+    """Who has leased one just before it was forgotten keeps it until the next time."""
+    for id in sorted(orphans):
+        folders.delete(id)
+    folders.sweep()

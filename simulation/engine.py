@@ -31,12 +31,12 @@ from ..errors import ConfigError, DataError, JournalError
 from ..events import Event, Observer, tee
 from ..identity import own_identity
 from ..journal import Journal, RunIdentity
+from ..peft_adapters.adapter_reader import load_adapter
 from ..peft_adapters.bank import Bank
 from ..peft_adapters.base_model import Base
 from ..peft_adapters.blueprint import check_shape
 from ..peft_adapters.layout import FACTORS, Site
 from ..peft_adapters.manifest import Provenance, write_manifest
-from ..peft_adapters.peft_format import load_adapter
 from ..peft_adapters.pool_size import warnings_of
 from ..server.app import GridPeers
 from ..server.app import build as build_server_app
@@ -44,7 +44,7 @@ from ..server.coordinator import Coordinator
 from ..server.run_folder import environment, provenance, traces
 from ..store import Disk
 from ..strategies.base import Answer, Loss, Request, Strategy
-from ..strategies.registry import make
+from ..strategies.registry import strategy_of
 from ..strategies.transforms import make_transforms
 from .fused import Rendezvous
 from .grid import LocalGrid
@@ -87,21 +87,12 @@ class Lab:
         return digest.hexdigest()
 
     def strategy(self, config: Config) -> Strategy:
-        return make(
-            config.strategy.name,
-            config.strategy.options,
-            self.layers,
-            config.model.rank,
-            config.scaling,
-            self.base.digest,
-        )
+        return strategy_of(config, self.layers, self.base.digest)
 
 
 def open_lab(config: Config) -> Lab:
     """Load everything that `config` names.  Raises ModelError, DataError or ConfigError."""
-    strategy = config.strategy
-    # mistakes show before long work
-    made = make(strategy.name, strategy.options, (), config.model.rank)
+    made = strategy_of(config)  # mistakes show before long work
     made.check_clients(config.clients)
     silos = silos_of(config)
     check_participants(config, [silo.client for silo in silos])

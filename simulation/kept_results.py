@@ -10,8 +10,8 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from ..canonical_json import Json, canonical
 from ..errors import DataError
-from ..wire import Json, canonical
 
 
 class KeptResults:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..client.flower_key import FlowerKey
 from ..errors import DeploymentError
-from ..flower_commands import environment, program, run
+from ..flower_commands import environment, program, project_text, run
 from ..nano import FOLDER
 from ..processes import Program, Supervisor, free_port
 from ..server.authority import Authority
@@ -27,26 +27,6 @@ from .deploy_overhead import MAX_LENGTH, RATE, config, write_rows
 
 PATIENCE = 1800.0  # seconds without which something is wrong
 _OWN_POLL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"  # meadow's choice; a user of Flower has its default
-_PROJECT = """\
-[project]
-name = "plain"
-version = "1.0.0"
-description = "LoRA with FedAvg"
-license = {{ file = "LICENSE" }}
-dependencies = ["flwr>=1.41,<1.42"]
-
-[tool.flwr.app]
-publisher = "plain"
-fab-format-version = 1
-flwr-version-target = "1.41.0"
-
-[tool.flwr.app.components]
-serverapp = "plain.app:server"
-clientapp = "plain.app:client"
-
-[tool.flwr.app.config]
-{settings}
-"""
 
 
 @dataclass(frozen=True)
@@ -110,7 +90,10 @@ def write_app(folder: Path, rounds: int, rows: Path, report: Path) -> Path:
     assert found is not None and found.origin is not None
     shutil.copyfile(found.origin, project / "plain" / "app.py")
     lines = "\n".join(f"{name} = {json.dumps(value)}" for name, value in settings.items())
-    (project / "pyproject.toml").write_text(_PROJECT.format(settings=lines), encoding="utf-8")
+    head = project_text(
+        "plain", "LoRA with FedAvg", "plain", "plain.app:server", "plain.app:client"
+    )
+    (project / "pyproject.toml").write_text(f"{head}{lines}\n", encoding="utf-8")
     (project / "LICENSE").write_text("A benchmark's.\n", encoding="utf-8")
     return project
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..peft_adapters.adapter_reader import load_adapter
 from ..peft_adapters.layout import rank_of
-from ..peft_adapters.peft_format import load_adapter
 from .engine import Lab
 
 

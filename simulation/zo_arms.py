@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
+from ..peft_adapters.adapter_reader import load_adapter
 from ..peft_adapters.bank import BankLinear
 from ..peft_adapters.full_rank import FullRank
 from ..peft_adapters.full_rank_layers import FullRankLayers
 from ..peft_adapters.layout import Tree
-from ..peft_adapters.peft_format import load_adapter
 from ..strategies.averaging import fresh_adapter
 from ..strategies.base import Loss
 from ..strategies.zeroth_order import run_id_of

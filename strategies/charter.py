@@ -18,10 +18,10 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from ..canonical_json import canonical
 from ..errors import FormatError, IdentityError
 from ..identity import Identity, key_id, verify
 from ..peft_adapters.pool import Pool
-from ..wire import canonical
 from .peer_keys import KEY, peer_of
 from .records import MOST_SHIFT
 

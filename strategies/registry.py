@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
 
-from ..config import checked
+from ..config import Config, checked
 from ..errors import ConfigError
 from ..peft_adapters.layout import Site
 from .base import Strategy
@@ -70,6 +70,12 @@ def make(
     strategy = kind(**values)
     strategy.check()
     return strategy
+
+
+def strategy_of(config: Config, sites: Sequence[Site] = (), base_digest: str = "") -> Strategy:
+    """The strategy that a run's settings name, over the layers of its base model."""
+    chosen, model = config.strategy, config.model
+    return make(chosen.name, chosen.options, sites, model.rank, config.scaling, base_digest)
 
 
 def _nearest(word: str, known: list[str]) -> str:

@@ -17,11 +17,18 @@ from homes import make_home, terms_json
 from meadow.client import daemon as module
 from meadow.client.daemon import FORWARDER, SUPERNODE, TRAINER, ClientDaemon, own_bundle
 from meadow.client.daemon_status import status_of
-from meadow.client.home import FLOWER_KEY, FORWARDER_AUTHORITY, PAUSED, POLICY, SOCKET, TERMS
+from meadow.client.home import (
+    FLOWER_KEY,
+    FORWARDER_AUTHORITY,
+    PAUSED,
+    POLICY,
+    SOCKET,
+    TERMS,
+    terms_in,
+)
 from meadow.client.membership import Membership
 from meadow.client.policy import Policy
 from meadow.client.resident_trainer import ResidentTrainer
-from meadow.client.terms import Terms
 from meadow.client.trainer_socket import TrainerSocket
 from meadow.config import Config
 from meadow.errors import ConfigError, FlowerError, JournalError
@@ -29,6 +36,7 @@ from meadow.events import Event
 from meadow.flower_commands import bundle_digest
 from meadow.processes import Program
 from meadow.store import Disk
+from meadow.terms import Terms
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
@@ -171,7 +179,7 @@ def test_a_daemon_whose_trainer_does_not_answer_yet(folder: Path, asleep: list[E
 
 
 def test_the_trainers_own_word_is_in_the_status(folder: Path, asleep: list[Event]) -> None:
-    terms = Terms.load(folder / TERMS)
+    terms = terms_in(folder)
     Policy.load(folder / POLICY).approving(terms).save(folder / POLICY, Disk())
     with (
         running(ClientDaemon(folder, asleep.append)),

@@ -13,14 +13,14 @@ import pytest
 from homes import make_home, message, set_policy, terms_json
 
 from meadow.client.consent import Offer
-from meadow.client.home import POLICY, TERMS
+from meadow.client.home import POLICY, terms_in
 from meadow.client.policy import Policy
 from meadow.client.resident_trainer import ResidentTrainer
-from meadow.client.terms import Terms
 from meadow.client.trainer_link import TRAIN
 from meadow.config import Config
 from meadow.display import bytes_text
 from meadow.errors import DataError, FormatError, ModelError, PolicyError
+from meadow.terms import Terms
 
 
 def offered(folder: Path, config: Config, **rules: Any) -> Offer:
@@ -110,7 +110,7 @@ def test_a_base_that_is_missing_or_another_is_said(
 
 def test_agreeing_is_what_lets_the_trainer_start(tiny: Config, folder: Path) -> None:
     """The same rules that the offer was looked at with, approved."""
-    terms = Terms.load(folder / TERMS)
+    terms = terms_in(folder)
     Policy.load(folder / POLICY).check_terms(terms)
     set_policy(folder, terms="00" * 32, data=["rows.jsonl"])
     with pytest.raises(PolicyError, match="not those that were approved"):

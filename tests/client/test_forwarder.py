@@ -28,6 +28,8 @@ from gateways import BUNDLE, PULL, RUN, Person, Quick, Site, home, options_of, s
 from meadow.client import forwarder as forwarding
 from meadow.client.flower_key import FlowerKey
 from meadow.client.forwarder import Forwarder
+from meadow.client.gateway_client import Enrolment, GatewayClient
+from meadow.client.key_rotation import rotate_identity
 from meadow.client.membership import Membership
 from meadow.client.uplink import Uplink
 from meadow.errors import GatewayError, IdentityError
@@ -356,6 +358,39 @@ def test_a_certificate_is_renewed_in_the_last_third_of_its_life(
         assert uplink.client() is not client, "the new certificate is taken up"
         assert uplink.fleet(RUN, {}, b"question").status == 200
         assert not uplink.renew_if_due()
+
+
+def test_a_renewal_overwrites_nothing_that_was_written_meanwhile(
+    place: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its request is under way while the user follows a coordinator that moves, and then gets
+    another key: the certificate of the old one comes too late."""
+    person = place.participant("writing")
+    folder = home(tmp_path / "home", person)
+    identity = options_of(folder).identity
+    addresses = ("127.0.0.1:1", place.address)
+    renew = GatewayClient.renew
+
+    def moves(client: GatewayClient) -> Enrolment:
+        found = renew(client)
+        Membership.change(folder, Quick(), lambda now: replace(now, addresses=addresses))
+        return found
+
+    def rotates(client: GatewayClient) -> Enrolment:
+        found = renew(client)
+        rotate_identity(identity, [folder], Quick())
+        return found
+
+    with uplink_of(person, folder) as uplink:
+        _, ends = person.membership.lifetime()
+        for meanwhile, kept in ((moves, True), (rotates, False)):
+            client = uplink.client()
+            client.now()
+            client._ahead = ends - 60 - client._clock()
+            monkeypatch.setattr(GatewayClient, "renew", meanwhile)
+            assert uplink.renew_if_due() == kept
+            assert Membership.load(folder).addresses == addresses
+            assert uplink.fleet(RUN, {}, b"question").status == 200
 
 
 def test_an_expired_certificate_is_replaced_by_the_invitations_token(

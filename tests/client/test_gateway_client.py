@@ -15,10 +15,8 @@ from gateways import PULL, TERMS, Person, Site, site
 
 from meadow.client.gateway_client import GatewayClient
 from meadow.client.gateway_connection import client_tls
-from meadow.client.membership import Membership
-from meadow.errors import ConfigError, FormatError, GatewayError, IdentityError
+from meadow.errors import GatewayError, IdentityError
 from meadow.identity import Identity
-from meadow.store import Disk
 
 
 @pytest.fixture(scope="module")
@@ -156,32 +154,3 @@ def test_a_certificate_for_another_key_is_named(anna: Person) -> None:
     other = Identity(Ed25519PrivateKey.generate())
     with pytest.raises(IdentityError, match="not for this user's key"):
         client_tls(anna.membership.authority, other, anna.membership.certificate)
-
-
-def test_a_membership_is_kept_as_it_was(anna: Person, tmp_path: Path) -> None:
-    anna.membership.save(tmp_path, Disk())
-    assert Membership.load(tmp_path) == anna.membership
-    assert (tmp_path / "membership.json").stat().st_mode & 0o777 == 0o600
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[]",
-        "{}",
-        '{"format": 2}',
-        '{"format": 1, "name": "a", "addresses": [], "authority": "", "token": ""}',
-        '{"format": 1, "name": "a", "addresses": [7], "authority": "", "token": ""}',
-        '{"format": 1, "name": 7, "addresses": ["a:1"], "authority": "", "token": ""}',
-        '{"format": 1, "name": "a", "addresses": ["a:1"], "authority": "", "token": "", "x": ""}',
-    ],
-)
-def test_a_membership_that_cannot_be_used_is_named(text: str) -> None:
-    with pytest.raises(FormatError, match=r"membership\.json"):
-        Membership.parse(text)
-
-
-def test_without_a_membership_one_is_told_to_join(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="join"):
-        Membership.load(tmp_path)

@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from meadow.client.incoming import read_turn
-from meadow.client.terms import Terms
 from meadow.config import Config
 from meadow.errors import FormatError
 from meadow.strategies.base import Turn
+from meadow.terms import Terms
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from homes import terms_json
 
 from meadow.client.flower_key import FlowerKey
 from meadow.client.gateway_client import Enrolment, GatewayClient
-from meadow.client.home import FLOWER_KEY, LOCK, MEMBERSHIP, OUTGOING, POLICY, TERMS
+from meadow.client.home import FLOWER_KEY, LOCK, MEMBERSHIP, OUTGOING, POLICY, TERMS, terms_in
 from meadow.client.joining import (
+    admit,
     approve,
     begun,
     enrol,
@@ -30,12 +32,20 @@ from meadow.client.joining import (
 )
 from meadow.client.membership import Membership
 from meadow.client.policy import Policy
-from meadow.client.terms import Terms
 from meadow.config import Config
-from meadow.errors import ConfigError, DataError, GatewayError, IdentityError, JournalError
+from meadow.errors import (
+    ConfigError,
+    DataError,
+    GatewayError,
+    IdentityError,
+    JournalError,
+    StorageError,
+)
 from meadow.identity import HOME, own_identity
 from meadow.invitation import Invitation
+from meadow.server.roster import Participant, Roster
 from meadow.store import Disk, locked
+from meadow.terms import Terms
 
 INVITATION = Invitation("ada", ("127.0.0.1:9440",), b"", bytes(16), 2**40)
 
@@ -134,6 +144,49 @@ def test_enrolment_waits_until_the_operator_approves(place: Site, user: Path) ->
             enrol(gateway, identity, flower.public_pem, lambda: None, sleep)
 
 
+def test_a_gateway_that_cannot_answer_for_a_while_does_not_end_the_wait(
+    place: Site, user: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its roster is locked, or its disk full; but a decision against the participant is an end."""
+    invitation, identity = place.invite("ada"), own_identity()
+    flower, asked = FlowerKey.load_or_create(user / FLOWER_KEY).public_pem, []
+    real, unwell = Roster.enrol, threading.Event()
+
+    def enrolled(roster: Roster, token: bytes, key: bytes, flower_key: str) -> Participant:
+        if unwell.is_set():
+            raise StorageError("cannot write roster.db: the disk is full")
+        return real(roster, token, key, flower_key)
+
+    def sleep(seconds: float) -> None:
+        asked.append(seconds)
+        if len(asked) == 1:
+            unwell.set()
+        if len(asked) == 3:
+            unwell.clear()
+            place.roster.revoke("ada")
+
+    monkeypatch.setattr(Roster, "enrol", enrolled)
+
+    with GatewayClient(Membership.of(invitation), identity) as gateway:
+        with pytest.raises(GatewayError, match="revoked") as caught:
+            enrol(gateway, identity, flower, lambda: None, sleep)
+        unwell.set()
+        with pytest.raises(GatewayError, match="the disk is full"):  # nothing to wait for yet
+            enrol(gateway, identity, flower, lambda: None, sleep)
+    assert len(asked) == 3 and caught.value.status == 403
+
+
+def test_what_is_given_to_who_enrolled_is_added_to_what_is_there(user: Path) -> None:
+    folder, begins = joined("ada"), Membership.of(INVITATION)
+    found = Enrolment("ada", "", "approved", "a certificate", node_id="7")
+    Membership.change(folder, Disk(), lambda now: dataclasses.replace(now, terms="ab"))
+    for place in (folder, user):  # the latter has no membership yet
+        admit(place, begins, found, Disk())
+        now = Membership.load(place)
+        assert (now.certificate, now.node_id, now.token) == ("a certificate", "7", begins.token)
+        assert now.terms == ("ab" if place == folder else "")
+
+
 def test_a_gateway_that_put_down_another_key_is_found_out(
     user: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,9 +248,9 @@ def test_agreeing_is_finished_by_the_same_command_wherever_it_was_cut_short(
         with pytest.raises(Crash):
             _agreed(root, terms, text, Faulty(root, at, "before"))
         if (root / TERMS).exists():
-            Policy.load(root / POLICY).check_terms(Terms.load(root / TERMS))
+            Policy.load(root / POLICY).check_terms(terms_in(root))
         approve(root, terms, text, Policy(data=["nano"]), Disk())
-        assert Membership.load(root).terms == Terms.load(root / TERMS).digest == terms.digest
+        assert Membership.load(root).terms == terms_in(root).digest == terms.digest
         shutil.rmtree(root)
         shutil.rmtree(root.with_name(f"{at}+"), ignore_errors=True)
 

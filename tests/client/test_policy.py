@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from meadow.client import home
 from meadow.client.policy import Policy, Used, parse, write
-from meadow.client.terms import Terms
 from meadow.config import Config
 from meadow.errors import ConfigError, IdentityError, PolicyError
 from meadow.store import Disk
 from meadow.strategies.base import Turn
+from meadow.terms import Terms
 
 NOON = datetime(2026, 3, 1, 12, 0)
 MINUTES = st.integers(0, 24 * 60 - 1)
@@ -127,7 +127,7 @@ def test_a_missing_file_and_one_that_is_no_text(tmp_path: Path) -> None:
 @pytest.fixture
 def terms(tmp_path: Path, tiny: Config) -> Terms:
     clipped = tiny.replace(clients={"clip_update": 0.5})
-    return Terms.load(make_home(tmp_path / "ada", clipped) / home.TERMS)
+    return home.terms_in(make_home(tmp_path / "ada", clipped))
 
 
 def test_nothing_is_approved_by_default(terms: Terms) -> None:
@@ -163,7 +163,7 @@ def test_a_base_that_is_listed(terms: Terms) -> None:
 
 
 def test_a_run_without_a_bound_where_one_is_required(tmp_path: Path, tiny: Config) -> None:
-    unclipped = Terms.load(make_home(tmp_path / "eve", tiny) / home.TERMS)
+    unclipped = home.terms_in(make_home(tmp_path / "eve", tiny))
     policy = dataclasses.replace(Policy().approving(unclipped), largest_update=9.0)
     with pytest.raises(PolicyError, match="clip_update = 0 .*at most 9 here"):
         policy.check_terms(unclipped)

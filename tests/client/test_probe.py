@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from pools import along, dense, random_q, small_pool
+from small_models import lively_llama
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from meadow.client.encode import IGNORED, Example, batch_indices
 from meadow.client.trainer import Job, Trainer
@@ -29,20 +29,9 @@ RECIPE = ClientsConfig(batch=4, lr=2e-3, clip=0.5, weight_decay=0.01)
 Changes = dict[str, Tensor]
 
 
-def llama() -> LlamaForCausalLM:
-    """A random llama whose weights are larger than at initialisation, so that losses differ."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
-        initializer_range=0.2,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).requires_grad_(False).eval()
-
-
 @pytest.fixture
 def bank() -> Bank:
-    model = llama()
+    model = lively_llama(1)
     return Bank(model, sites(model, "all-linear"), 1.0)
 
 
@@ -84,7 +73,7 @@ def expected_losses(asked: Job[Any], batch: int = 4) -> Tensor:
 
 
 def mean_loss(rows: list[Example], at: Changes, moved: Changes, amount: float) -> float:
-    model, total, tokens = llama().double(), 0.0, 0
+    model, total, tokens = lively_llama(1).double(), 0.0, 0
     for name, change in at.items():
         model.get_submodule(name).weight += change + amount * moved[name]
     for row in rows:
@@ -242,7 +231,7 @@ def by_hand(asked: Job[Any]) -> Tensor:
     request, sequence = asked.request, range(asked.request.steps)
     cores = core_stack(request.pool, request.adapter).double().requires_grad_()
     optimizer = torch.optim.AdamW([cores], lr=RECIPE.lr, weight_decay=RECIPE.weight_decay)
-    model = llama().double()
+    model = lively_llama(1).double()
     signs = [
         [torch.from_numpy(factor).double() for factor in factors(request.pool, index)]
         for index in range(len(request.pool.sites))

@@ -12,21 +12,18 @@ tier's child process: there SIGKILL ends the peer.
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
-import shutil
-import signal
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
-from faulty_disk import Crash, Deadly, Faulty, Numbered
+from crashes import interrupt, kill_at_every_step, said_by, steps
+from faulty_disk import Faulty, Numbered
 
 from meadow.client.record_store import Entry, RecordStore
-from meadow.errors import StorageError
 from meadow.store import Disk
 
 RUN, OWN, OTHER = b"r" * 32, b"o" * 32, b"x" * 32
@@ -104,42 +101,23 @@ def check_chain(root: Path, world: World) -> None:
     assert all(entry.data.startswith(link) for entry, link in zip(chain, links, strict=False))
 
 
-def steps(root: Path, way: str) -> list[int]:
-    """The steps of a peer that nothing ends at which this kind of fault is possible."""
-    root.mkdir()
-    disk = Numbered(root)
-    participate(root, disk, World())
-    shutil.rmtree(root)
-    return disk.tearable if way == "torn" else list(range(1, disk.count + 1))
-
-
-def interrupt(disk: Faulty, world: World) -> Path:
-    """Run until the fault; the folder in which the next start finds itself."""
-    try:
-        participate(disk.root, disk, world)
-    except Crash:
-        return disk.survivor
-    except StorageError:
-        return disk.root
-    raise AssertionError(f"step {disk.at} did not end the peer")
-
-
 @pytest.mark.parametrize("way", ["before", "after", "torn", "power", "full"])
 def test_any_step(tmp_path: Path, roots: Iterator[Path], way: str) -> None:
-    places = steps(tmp_path / "count", way)
+    places = steps(partial(participate, world=World()), tmp_path / "count", way)
     assert len(places) >= 3 * LENGTH
     for at, root in zip(places, roots, strict=False):
         world = World()
-        finish(interrupt(Faulty(root, at, way), world), world)
+        finish(interrupt(partial(participate, world=world), Faulty(root, at, way)), world)
 
 
 def test_a_crash_after_a_crash(tmp_path: Path, roots: Iterator[Path]) -> None:
-    firsts = steps(tmp_path / "count", "torn")[:-3]
+    firsts = steps(partial(participate, world=World()), tmp_path / "count", "torn")[:-3]
     pairs = [(first, second) for first in firsts for second in (1, 2, 3)]
     for (first, second), root in zip(pairs, roots, strict=False):
         world = World()
-        survivor = interrupt(Faulty(root, first, "torn"), world)
-        finish(interrupt(Faulty(survivor, second, "before"), world), world)
+        run = partial(participate, world=world)
+        survivor = interrupt(run, Faulty(root, first, "torn"))
+        finish(interrupt(run, Faulty(survivor, second, "before")), world)
 
 
 class SendsFirst(RecordStore):
@@ -156,13 +134,13 @@ def test_a_peer_that_sends_first_would_be_noticed(
     tmp_path: Path, roots: Iterator[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The proof has teeth."""
-    places = steps(tmp_path / "count", "torn")
+    places = steps(partial(participate, world=World()), tmp_path / "count", "torn")
     monkeypatch.setattr(f"{__name__}.RecordStore", SendsFirst)
     noticed = 0
     for at, root in zip(places, roots, strict=False):
         SendsFirst.world = world = World()
         try:
-            finish(interrupt(Faulty(root, at, "torn"), world), world)
+            finish(interrupt(partial(participate, world=world), Faulty(root, at, "torn")), world)
         except AssertionError:
             noticed += 1
     assert noticed == LENGTH
@@ -170,50 +148,16 @@ def test_a_peer_that_sends_first_would_be_noticed(
 
 @pytest.mark.long
 def test_sigkill_at_any_step(tmp_path: Path) -> None:
-    command = [sys.executable, __file__, str(tmp_path)]
-    helpers = {"PYTHONPATH": str(Path(__file__).parents[1] / "helpers")}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, **helpers}
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 6 * LENGTH
+    assert int(said_by(__file__, str(tmp_path))) > 6 * LENGTH
 
 
-def kill_at_every_step(folder: Path) -> int:
-    """Fork a peer, let it kill itself at each step, start it again; how many died."""
-    deaths = 0
-    for way in ("before", "torn"):
-        for at in range(1, 10**6):
-            root = folder / f"{way}{at}"
-            root.mkdir()
-            if not forked(lambda root=root, at=at, way=way: run_deadly(root, at, way)):  # type: ignore[misc]
-                break
-            deaths += 1
-            world = World()  # what was sent is not known here: the chain must be whole
-            participate(root, Numbered(root), world)
-            check_chain(root, world)
-            shutil.rmtree(root)
-    return deaths
-
-
-def run_deadly(root: Path, at: int, way: str) -> None:
-    participate(root, Deadly(root, at, way), World())
-
-
-def forked(run: Callable[[], None]) -> bool:
-    """Whether a child process that does `run` was killed."""
-    child = os.fork()
-    if child == 0:
-        try:
-            run()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    assert killed or os.waitstatus_to_exitcode(status) == 0
-    return killed
+def go_on(root: Path) -> None:
+    """Start again; what was sent before is not known here, but the chain must be whole."""
+    world = World()
+    participate(root, Numbered(root), world)
+    check_chain(root, world)
 
 
 if __name__ == "__main__":
-    sys.stdout.write(str(kill_at_every_step(Path(sys.argv[1]))))
+    run = partial(participate, world=World())  # of which each fork has its own
+    sys.stdout.write(str(kill_at_every_step(Path(sys.argv[1]), run, go_on)))

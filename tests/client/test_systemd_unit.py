@@ -42,6 +42,22 @@ def test_limits_text_and_gpu_are_said() -> None:
     assert said["ProtectHome"] == ["read-only"]  # or it could not read the text
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/root", "read-only"),
+        ("/run/user/1000/letters", "read-only"),
+        ("/run/users", "yes"),
+        ("/homes/ada", "yes"),
+        ("/srv/home/ada", "yes"),
+    ],
+)
+def test_homes_stay_hidden_unless_something_in_them_is_used(text: str, expected: str) -> None:
+    fence = Fence("ada", (Path(text),))
+    said = settings(unit_text("ada", FOLDER, HOME, fence, "/opt/venv/bin/python"))
+    assert said["ProtectHome"] == [expected]
+
+
 @pytest.mark.parametrize("name", ["", "ada\nExecStart=/bin/sh", "100%", 'a"b'])
 def test_nothing_can_be_smuggled_into_it(name: str) -> None:
     with pytest.raises(ConfigError):

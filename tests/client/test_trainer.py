@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from small_models import lively_llama
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from meadow.client.encode import IGNORED, Example, batch_indices
 from meadow.client.task import Participant, answer, drive
@@ -31,20 +32,9 @@ RECIPE = ClientsConfig(steps=STEPS, batch=4, lr=2e-3, clip=0.5, weight_decay=0.0
 KEYS = ("base_model.model.", ".lora_A.default.weight", ".lora_B.default.weight")
 
 
-def llama() -> LlamaForCausalLM:
-    """A random llama; its weights are larger than at initialisation, so that losses differ."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
-        initializer_range=0.2,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).requires_grad_(False).eval()
-
-
 @pytest.fixture
 def model() -> LlamaForCausalLM:
-    return llama()
+    return lively_llama(2)
 
 
 @pytest.fixture
@@ -100,7 +90,7 @@ def by_peft(job: Job[Any], recipe: ClientsConfig = RECIPE, side: Tree | None = N
 
     FedProx is its definition: mu / 2 |w - w0|^2 is part of the loss.
     """
-    base = llama()
+    base = lively_llama(2)
     for name, weight in dict(base.named_modules()).items():
         if side is not None and f"{name}.lora_A" in side:
             assert isinstance(weight, nn.Linear)
@@ -446,7 +436,7 @@ def test_the_measured_loss_is_the_mean_over_response_tokens(bank: Bank, rows: in
     measuring = trainer(bank)
     measuring.evaluated = rows
     measured = measuring.loss(Loss(adapter, side), examples)
-    merged = llama()
+    merged = lively_llama(2)
     for part in (adapter, side):
         for site in bank.sites:
             product = part[f"{site.name}.lora_B"] @ part[f"{site.name}.lora_A"]
@@ -463,7 +453,7 @@ def test_nothing_to_measure_is_no_loss(bank: Bank) -> None:
 
 
 def test_a_bf16_base_trains_float32_factors() -> None:
-    model = llama().bfloat16()
+    model = lively_llama(2).bfloat16()
     bank = Bank(model, sites(model, "all-linear"), SCALING)
     job = jobs(bank.sites, 1)[0]
     trained = trainer(bank).sgd([job])[0]

@@ -339,9 +339,10 @@ class Deployment(Closeable):
 
     def tell_address(self, who: str, port: int) -> None:
         """What a participant does on hearing that the coordinator has moved."""
-        own = Membership.load(self.folder(who))
-        new = dataclasses.replace(own, addresses=(f"127.0.0.1:{port}",))
-        new.save(self.folder(who), Disk())
+        addresses = (f"127.0.0.1:{port}",)
+        Membership.change(
+            self.folder(who), Disk(), lambda now: dataclasses.replace(now, addresses=addresses)
+        )
 
     def _write_settings(self) -> None:
         settings = write(self.config)

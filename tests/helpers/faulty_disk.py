@@ -79,7 +79,7 @@ class Numbered(Disk):
     def fill(self, file: BinaryIO, data: bytes) -> None:
         name, half = self.name(Path(file.name)), data[: len(data) // 2]
         with self.lock:
-            self.undo.append((f"content {name}", lambda copy: os.truncate(copy / name, len(half))))
+            self.undo.append((f"content {name}", lambda copy: cut(copy / name, len(half))))
 
         def full() -> None:
             Disk.fill(self, file, half)
@@ -106,7 +106,7 @@ class Numbered(Disk):
         """Content that was not synced may be lost under the new name as well."""
         if any(key == f"content {old}" for key, _ in self.undo):
             self.settle(f"content {old}")
-            self.undo.append((f"content {new}", lambda copy: os.truncate(copy / new, 0)))
+            self.undo.append((f"content {new}", lambda copy: cut(copy / new, 0)))
 
         def undo(copy: Path) -> None:
             os.replace(copy / new, copy / old)
@@ -198,6 +198,12 @@ class Deadly(Faulty):
 
     def crash(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def cut(path: Path, size: int) -> None:
+    """What a file held beyond `size` is lost; its folder may have gone before."""
+    if path.exists():
+        os.truncate(path, size)
 
 
 def void(_: object) -> None:

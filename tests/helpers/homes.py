@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from meadow import __version__
-from meadow.client.home import MEMBERSHIP, POLICY, TERMS
+from meadow.client.home import MEMBERSHIP, POLICY, TERMS, terms_in
 from meadow.client.policy import Policy
-from meadow.client.terms import Terms
 from meadow.config import Config, ModelConfig, to_json
 from meadow.peft_adapters.blueprint import Blueprint, open_blueprint
 from meadow.store import Disk
-from meadow.strategies.base import Strategy, Turn
+from meadow.strategies.base import Turn
 from meadow.strategies.messages import pack_update, turn_to_json
-from meadow.strategies.registry import make
+from meadow.strategies.registry import strategy_of
 
 RUN = "0123abcd"
 COORDINATOR = "c0" * 32
@@ -69,20 +68,8 @@ def make_home(folder: Path, config: Config, name: str = "ada", **rules: Any) -> 
 
 def set_policy(folder: Path, **rules: Any) -> None:
     """Rules for the terms in the folder, which count as approved."""
-    policy = Policy().approving(Terms.load(folder / TERMS))
+    policy = Policy().approving(terms_in(folder))
     dataclasses.replace(policy, **rules).save(folder / POLICY, Disk())
-
-
-def strategy_of(config: Config) -> Strategy:
-    base = blueprint(config.model.base)
-    return make(
-        config.strategy.name,
-        config.strategy.options,
-        base.layers,
-        config.model.rank,
-        config.scaling,
-        base.digest,
-    )
 
 
 def message(config: Config, /, round: int = 1, name: str = "ada", **header: Any) -> bytes:
@@ -90,7 +77,8 @@ def message(config: Config, /, round: int = 1, name: str = "ada", **header: Any)
     rounds, clients = config.rounds, config.clients
     total = rounds.count * clients.steps
     turn = Turn(round, rounds.count, rounds.seed, clients.steps, total, name, NAMES)
-    strategy = strategy_of(config)
+    base = blueprint(config.model.base)
+    strategy = strategy_of(config, base.layers, base.digest)
     sent = strategy.broadcast(strategy.init(rounds.seed), turn)
     fields = {"turn": turn_to_json(turn), "run": RUN, "config": config.shared().digest()}
     return pack_update(sent, **{**fields, **header})

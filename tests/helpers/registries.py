@@ -13,10 +13,11 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from meadow.identity import Identity
+from meadow.peft_adapters.adapter_writer import save_adapter
 from meadow.peft_adapters.blueprint import Blueprint
 from meadow.peft_adapters.layout import Site
 from meadow.peft_adapters.manifest import ADAPTER, MANIFEST, Provenance, write_manifest
-from meadow.peft_adapters.peft_format import CONFIG, WEIGHTS, save_adapter
+from meadow.peft_adapters.peft_format import CONFIG, WEIGHTS
 from meadow.peft_adapters.signed_adapter import SignedAdapter
 from meadow.server.registry import Registry
 from meadow.store import Disk

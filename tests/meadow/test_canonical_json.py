@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meadow import wire
 from meadow.canonical_json import Json, canonical
 
 VALUES = st.recursive(
@@ -27,7 +26,7 @@ def test_known_text() -> None:
 def test_a_value_has_one_text_and_a_text_one_value(value: Json) -> None:
     text = canonical(value)
     assert json.loads(text) == value
-    assert canonical(json.loads(text)) == text == wire.canonical(value)
+    assert canonical(json.loads(text)) == text
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])

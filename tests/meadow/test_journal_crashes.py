@@ -12,23 +12,20 @@ ends the run.
 
 from __future__ import annotations
 
-import os
 import secrets
-import shutil
-import signal
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import pytest
 import torch
-from faulty_disk import Crash, Deadly, Faulty, Numbered
+from crashes import Run, interrupt, kill_at_every_step, said_by, steps
+from faulty_disk import Faulty, Numbered
 
 from meadow.client.outbox import Outbox
-from meadow.errors import JournalError, StorageError, UpdateError
+from meadow.errors import JournalError, UpdateError
 from meadow.journal import Journal, RunIdentity
 from meadow.store import Disk
 from meadow.wire import decode, encode, require_finite
@@ -119,16 +116,6 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return federate(root, Numbered(root), Numbered(root), Ledger())
 
 
-def steps(tmp_path: Path, side: str = "both", way: str = "") -> list[int]:
-    """The steps of `side`, in a run that nothing ends, at which this kind of fault is possible."""
-    tmp_path.mkdir()
-    disk = Numbered(tmp_path)
-    server, client = sides(disk, side)
-    federate(tmp_path, server, client, Ledger())
-    shutil.rmtree(tmp_path)
-    return disk.tearable if way == "torn" else list(range(1, disk.count + 1))
-
-
 def sides(disk: Numbered, side: str) -> tuple[Disk, Disk]:
     """The coordinator's disk and the clients', of which `side` has `disk`."""
     other = Numbered(disk.root)
@@ -138,15 +125,9 @@ def sides(disk: Numbered, side: str) -> tuple[Disk, Disk]:
     )
 
 
-def interrupt(disk: Faulty, side: str, ledger: Ledger) -> Path:
-    """Run until the fault; the folder in which the next start finds itself."""
-    try:
-        federate(disk.root, *sides(disk, side), ledger)
-    except Crash:
-        return disk.survivor
-    except StorageError:
-        return disk.root
-    raise AssertionError(f"step {disk.at} did not end the run")
+def run_of(ledger: Ledger, side: str = "both") -> Run:
+    """The command, with the disk that is given for `side`."""
+    return lambda root, disk: federate(root, *sides(disk, side), ledger)
 
 
 def finish(root: Path, ledger: Ledger, expected: bytes) -> None:
@@ -166,11 +147,11 @@ def finish(root: Path, ledger: Ledger, expected: bytes) -> None:
     "way", ["before", "torn", "power", "full", pytest.param("after", marks=pytest.mark.long)]
 )
 def test_any_step(tmp_path: Path, roots: Iterator[Path], expected: bytes, way: str) -> None:
-    places = steps(tmp_path / "count", way=way)
+    places = steps(run_of(Ledger()), tmp_path / "count", way)
     assert len(places) >= (15 if way == "torn" else 60)
     for at, root in zip(places, roots, strict=False):
         ledger = Ledger()
-        finish(interrupt(Faulty(root, at, way), "both", ledger), ledger, expected)
+        finish(interrupt(run_of(ledger), Faulty(root, at, way)), ledger, expected)
 
 
 @pytest.mark.parametrize("side", ["server", "client"])
@@ -178,16 +159,17 @@ def test_one_machine_loses_power(
     tmp_path: Path, roots: Iterator[Path], expected: bytes, side: str
 ) -> None:
     """The other machine keeps all that it wrote: neither may know what the other forgot."""
-    for at, root in zip(steps(tmp_path / "count", side), roots, strict=False):
+    places = steps(run_of(Ledger(), side), tmp_path / "count")
+    for at, root in zip(places, roots, strict=False):
         ledger = Ledger()
-        finish(interrupt(Faulty(root, at, "power"), side, ledger), ledger, expected)
+        finish(interrupt(run_of(ledger, side), Faulty(root, at, "power")), ledger, expected)
 
 
 def killed_then_cut(root: Path, first: int, second: int, ledger: Ledger) -> Path:
     """A process dies, and soon after its successor has started the power fails."""
     killed = Faulty(root, first, "before")
-    cut = Faulty(interrupt(killed, "both", ledger), second, "power", killed.undo)
-    return interrupt(cut, "both", ledger)
+    cut = Faulty(interrupt(run_of(ledger), killed), second, "power", killed.undo)
+    return interrupt(run_of(ledger), cut)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +181,7 @@ def test_a_power_cut_after_a_crash(
     tmp_path: Path, roots: Iterator[Path], expected: bytes, seconds: tuple[int, ...]
 ) -> None:
     """What a predecessor wrote but did not sync is not taken for durable."""
-    firsts = steps(tmp_path / "count")[:-24]
+    firsts = steps(run_of(Ledger()), tmp_path / "count")[:-24]
     pairs = [(first, second) for first in firsts for second in seconds]
     for (first, second), root in zip(pairs, roots, strict=False):
         ledger = Ledger()
@@ -222,9 +204,10 @@ def test_a_careless_disk_would_be_noticed(
 ) -> None:
     """The proof has teeth: leave out either fsync, and some step ends in a loss."""
     noticed = False
-    for at, root in zip(steps(tmp_path / "count")[30::5], roots, strict=False):
+    places = steps(run_of(Ledger()), tmp_path / "count")[30::5]
+    for at, root in zip(places, roots, strict=False):
         ledger = Ledger()
-        survivor = interrupt(careless(root, at, "power"), "both", ledger)
+        survivor = interrupt(run_of(ledger), careless(root, at, "power"))
         try:
             finish(survivor, ledger, expected)
         except (AssertionError, JournalError):
@@ -235,50 +218,18 @@ def test_a_careless_disk_would_be_noticed(
 @pytest.mark.long
 def test_sigkill_at_any_step(tmp_path: Path, expected: bytes) -> None:
     (tmp_path / "expected").write_bytes(expected)
-    command = [sys.executable, __file__, str(tmp_path)]
-    helpers = {"PYTHONPATH": str(Path(__file__).parents[1] / "helpers")}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, **helpers}
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 75
+    assert int(said_by(__file__, str(tmp_path))) > 75
 
 
-def kill_at_every_step(folder: Path) -> int:
-    """Fork a run, let it kill itself at each step, start it again; how many died."""
-    expected, deaths = (folder / "expected").read_bytes(), 0
-    for way in ("before", "torn"):
-        for at in range(1, 10**6):
-            root = folder / f"{way}{at}"
-            root.mkdir()
-            if not forked(lambda root=root, at=at, way=way: run_deadly(root, at, way)):  # type: ignore[misc]
-                break
-            deaths += 1
-            finish(root, Ledger(), expected)
-            shutil.rmtree(root)
-    return deaths
+def main(folder: Path) -> int:
+    expected = (folder / "expected").read_bytes()
 
+    def run(root: Path, disk: Disk) -> None:
+        federate(root, disk, disk, Ledger())
 
-def run_deadly(root: Path, at: int, way: str) -> None:
-    disk = Deadly(root, at, way)
-    federate(root, disk, disk, Ledger())
-
-
-def forked(run: Callable[[], None]) -> bool:
-    """Whether a child process that does `run` was killed."""
-    child = os.fork()
-    if child == 0:
-        try:
-            run()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    assert killed or os.waitstatus_to_exitcode(status) == 0
-    return killed
+    return kill_at_every_step(folder, run, lambda root: finish(root, Ledger(), expected))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.stdout.write(str(kill_at_every_step(Path(sys.argv[1]))))
+    sys.stdout.write(str(main(Path(sys.argv[1]))))

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from meadow.canonical_json import Json
 from meadow.errors import FormatError, MeadowError, UpdateError
-from meadow.wire import FORMAT, LARGEST_HEADER, Json, decode, encode, require_finite
+from meadow.wire import FORMAT, LARGEST_HEADER, decode, encode, require_finite
 
 DTYPES = (
     torch.float64,

@@ -6,33 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from small_models import Net, net
+from torch import Tensor
 
 from meadow.peft_adapters.bank import Bank, BankLinear, Slots
 from meadow.peft_adapters.layout import FACTORS, Site, Tree
 
 SITES = (Site("first", 6, 4), Site("deep.second", 3, 6))
 SCALING = 1.5
-
-
-class Net(nn.Module):
-    """Two linear layers, one of them nested, with a bend between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 6)
-        self.deep = nn.ModuleDict({"second": nn.Linear(6, 3, bias=False)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.deep["second"](torch.tanh(self.first(x)))
-        return y
-
-
-def net() -> Net:
-    torch.manual_seed(0)
-    model = Net()
-    model.requires_grad_(False)
-    return model
 
 
 def tree(seed: int, rank: int = 2) -> Tree:

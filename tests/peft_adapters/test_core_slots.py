@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pools import along, dense, factors, random_q, small_pool
-from torch import Tensor, nn
+from small_models import net
+from torch import Tensor
 
 from meadow.peft_adapters.bank import (
     Bank,
@@ -24,24 +25,6 @@ from meadow.peft_adapters.pool import Pool
 
 SITES = (Site("deep.second", 3, 6), Site("first", 6, 4))
 EPSILON = 2.0**-6
-
-
-class Net(nn.Module):
-    """Two linear layers, one of them nested, with a bend between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 6)
-        self.deep = nn.ModuleDict({"second": nn.Linear(6, 3, bias=False)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.deep["second"](torch.tanh(self.first(x)))
-        return y
-
-
-def net() -> Net:
-    torch.manual_seed(0)
-    return Net().requires_grad_(False)
 
 
 def bank() -> Bank:

@@ -15,13 +15,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from meadow.errors import AdapterError, FormatError, IdentityError
 from meadow.identity import Identity
+from meadow.peft_adapters.adapter_writer import save_adapter
 from meadow.peft_adapters.manifest import (
     PAYLOAD,
     Provenance,
     verify_manifest,
     write_manifest,
 )
-from meadow.peft_adapters.peft_format import save_adapter
 
 PROVENANCE = Provenance(
     run_id="5f" * 16,

@@ -19,9 +19,9 @@ from safetensors.torch import save
 
 from meadow.errors import AdapterError, FormatError, IdentityError, MeadowError
 from meadow.peft_adapters import signed_adapter
+from meadow.peft_adapters.adapter_reader import load_adapter
 from meadow.peft_adapters.layout import Site
 from meadow.peft_adapters.manifest import PAYLOAD, write_manifest
-from meadow.peft_adapters.peft_format import load_adapter
 from meadow.peft_adapters.signed_adapter import Limits, SignedAdapter
 
 TRUSTED = {ME.key_id: ME.public}

@@ -21,7 +21,7 @@ from homes import blueprint
 from played_flower import PlayedFlower
 
 from meadow.config import Config
-from meadow.errors import ConfigError, IdentityError, InvitationError, MeadowError
+from meadow.errors import ConfigError, FormatError, IdentityError, MeadowError
 from meadow.events import Event, EventLog
 from meadow.processes import Program, free_port
 from meadow.server import coordinator_daemon as module
@@ -292,5 +292,5 @@ def test_addresses_are_those_of_the_settings_or_this_hosts() -> None:
     own = Config().replace(coordinator={"listen": "127.0.0.1:9440"})
     assert public_addresses(own) == ["127.0.0.1:9440"]
     assert public_addresses(Config()) == [f"{socket.getfqdn()}:9440"]
-    with pytest.raises(InvitationError):
+    with pytest.raises(FormatError, match="'a:b:c' is not an address"):
         check_settings(own.replace(coordinator={"addresses": ["a:b:c"]}))

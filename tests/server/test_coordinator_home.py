@@ -12,14 +12,14 @@ from enrolment import new_identity
 from faulty_disk import Crash, Faulty, Numbered
 from homes import blueprint
 
-from meadow.client.terms import Terms
+from meadow import terms as terms_format
 from meadow.config import Config
 from meadow.errors import ConfigError, FormatError, JournalError, ModelError
 from meadow.identity import Identity
 from meadow.journal import Journal
-from meadow.server import coordinator_home
 from meadow.server.coordinator_home import CoordinatorHome, check_deployable, run_identity
 from meadow.store import Disk, locked
+from meadow.terms import Terms
 
 OPERATOR = new_identity()
 BUNDLE = "bb" * 32
@@ -39,7 +39,7 @@ def begun(folder: Path, config: Config) -> CoordinatorHome:
 
 def test_its_terms_are_what_a_participant_reads(tiny: Config, tmp_path: Path) -> None:
     home = begun(tmp_path / "c", tiny)
-    terms = Terms.load(home.terms)
+    terms = Terms.parse(home.terms.read_bytes())
     base = blueprint(tiny.model.base)
     assert terms.base_digest == base.digest and terms.bundle == BUNDLE
     assert terms.coordinator == OPERATOR.public.public_bytes_raw().hex()
@@ -90,10 +90,10 @@ def test_another_version_goes_on_and_says_that_participants_have_to_agree(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = begun(tmp_path / "c", tiny)
-    run = Terms.load(home.terms).run
+    run = Terms.parse(home.terms.read_bytes()).run
     assert prepare(home, tiny, bundle="cc" * 32)
     assert not prepare(home, tiny, bundle="cc" * 32)
-    monkeypatch.setattr(coordinator_home, "__version__", "9.9.9")
+    monkeypatch.setattr(terms_format, "__version__", "9.9.9")
     assert prepare(home, tiny, bundle="cc" * 32)
     terms = json.loads(home.terms.read_text())
     assert terms["run"] == run and terms["meadow"] == "9.9.9"
@@ -122,21 +122,21 @@ def test_preparing_can_be_cut_short_anywhere_and_done_again(tiny: Config, tmp_pa
                 prepare(home, tiny, Faulty(root, at, way))
             assert not prepare(home, tiny)
             with Journal.open(home.run, run_identity(tiny, blueprint(tiny.model.base))) as journal:
-                assert journal.run_id == Terms.load(home.terms).run
+                assert journal.run_id == Terms.parse(home.terms.read_bytes()).run
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', "null"])
 def test_terms_that_are_damaged_are_named(tiny: Config, tmp_path: Path, text: str) -> None:
     home = begun(tmp_path / "c", tiny)
     home.terms.write_text(text)
-    with pytest.raises(FormatError, match="terms.json is damaged"):
+    with pytest.raises(FormatError, match=r"terms.json: the terms.*restore it from a backup"):
         prepare(home, tiny)
 
 
 def test_terms_of_another_format_are_refused_by_name(tiny: Config, tmp_path: Path) -> None:
     home = begun(tmp_path / "c", tiny)
     home.terms.write_text(home.terms.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(FormatError, match="have format 2; this meadow reads format 1"):
+    with pytest.raises(FormatError, match="have format 2, this meadow reads 1 .restore it"):
         prepare(home, tiny)
 
 

@@ -28,12 +28,12 @@ from meadow.file_lock import is_held
 from meadow.identity import trust
 from meadow.journal import Journal
 from meadow.peft_adapters.manifest import verify_manifest
-from meadow.server import deployment
 from meadow.server.coordinator import Refusal
 from meadow.server.coordinator_home import CoordinatorHome, run_identity
 from meadow.server.deployment import DeployedRun, Inbox, nodes_of, serve
 from meadow.server.roster import Roster
 from meadow.simulation.engine import Lab, simulate
+from meadow.strategies.registry import strategy_of
 
 NAMES = ("ada", "bob", "eve")
 OPERATOR = new_identity()
@@ -79,7 +79,8 @@ class People:
         lab, config = self.lab, self.config
         person = next(p for p in lab.participants if p.name == name)
         trainer = Trainer(lab.bench.bank, config.clients, lab.bench.pad)
-        strategy = deployment.strategy_of(config, blueprint(config.model.base))
+        base = blueprint(config.model.base)
+        strategy = strategy_of(config, base.layers, base.digest)
         outbox = Outbox(self.folder / "outbox", name, self.run, Quick())
         return Member(name, strategy, outbox, lambda request: answer(request, person, trainer))
 

@@ -8,18 +8,18 @@ knows, and started again.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
+from crashes import interrupt, steps
 from cryptography import x509
 from enrolment import DAY, NOON, Clock, new_flower_key, new_identity
-from faulty_disk import Crash, Faulty, Numbered
+from faulty_disk import Faulty, Numbered
 
 from meadow.certificate_request import request_certificate
-from meadow.errors import StorageError
 from meadow.server.authority import Authority
 from meadow.server.roster import Participant, Roster
 from meadow.store import Disk
@@ -92,31 +92,13 @@ def finish(root: Path, world: World) -> None:
     x509.load_pem_x509_certificate(world.certificate).verify_directly_issued_by(authority)
 
 
-def steps(root: Path, way: str) -> list[int]:
-    root.mkdir()
-    disk = Numbered(root)
-    coordinate(root, disk, World())
-    shutil.rmtree(root)
-    return disk.tearable if way == "torn" else list(range(1, disk.count + 1))
-
-
-def interrupt(disk: Faulty, world: World) -> Path:
-    try:
-        coordinate(disk.root, disk, world)
-    except Crash:
-        return disk.survivor
-    except StorageError:
-        return disk.root
-    raise AssertionError(f"step {disk.at} did not end the coordinator")
-
-
 @pytest.mark.parametrize("way", ["before", "after", "torn", "power", "full"])
 def test_any_step(tmp_path: Path, roots: Iterator[Path], way: str) -> None:
-    places = steps(tmp_path / "count", way)
+    places = steps(partial(coordinate, world=World()), tmp_path / "count", way)
     assert len(places) >= 10
     for at, root in zip(places, roots, strict=False):
         world = World()
-        finish(interrupt(Faulty(root, at, way), world), world)
+        finish(interrupt(partial(coordinate, world=world), Faulty(root, at, way)), world)
 
 
 class ForgetsUses(Roster):

@@ -13,10 +13,11 @@ from registries import Clock, adapter, open_registry, place, write_run
 
 from meadow.errors import UnknownAdapterError
 from meadow.server import registry_gc
-from meadow.server.registry import Opened, Registry
+from meadow.server.registry import Registry
 from meadow.server.registry_changes import Changes
 from meadow.server.registry_gc import DAY, Retention
 from meadow.server.registry_leases import Leases
+from meadow.server.registry_opened import Opened
 from meadow.server.registry_runs import publish_run
 
 NOTHING = Retention(history=0, days=0.0)
@@ -185,7 +186,7 @@ def test_a_lease_just_before_the_end_keeps_the_files(
                 opened.append(reader.lease("mail@v1"))
             return original(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr("meadow.server.registry.needed", needed)
+        monkeypatch.setattr("meadow.server.registry_gc.needed", needed)
         registry.collect(NOTHING)
         assert left(registry) == []
         assert opened[0].read().rank == 8  # its files are there while it is used

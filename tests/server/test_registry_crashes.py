@@ -7,16 +7,17 @@ in each way that tests/helpers/faulty_disk.py knows, and started again.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
-from faulty_disk import Crash, Faulty, Numbered
+from crashes import interrupt, steps
+from faulty_disk import Faulty, Numbered
 from registries import FILES, STRANGER, Clock, adapter, open_registry
 
-from meadow.errors import RegistryError, StorageError
+from meadow.errors import RegistryError
 from meadow.peft_adapters.signed_adapter import SignedAdapter
 from meadow.server import registry_folders
 from meadow.server.registry import Registry
@@ -120,30 +121,12 @@ def finish(root: Path, world: World) -> None:
         assert registry.keep("mail", adapter(9)).number == 5
 
 
-def steps(root: Path, way: str) -> list[int]:
-    root.mkdir()
-    disk = Numbered(root)
-    work(root, disk, World())
-    shutil.rmtree(root)
-    return disk.tearable if way == "torn" else list(range(1, disk.count + 1))
-
-
-def interrupt(disk: Faulty, world: World) -> Path:
-    try:
-        work(disk.root, disk, world)
-    except Crash:
-        return disk.survivor
-    except StorageError:
-        return disk.root
-    raise AssertionError(f"step {disk.at} did not end the work")
-
-
 def try_all(tmp_path: Path, roots: Iterator[Path], way: str, stride: int) -> None:
-    places = steps(tmp_path / "count", way)
+    places = steps(partial(work, world=World()), tmp_path / "count", way)
     assert len(places) >= 10
     for at, root in zip(places[::stride], roots, strict=False):
         world = World()
-        finish(interrupt(Faulty(root, at, way), world), world)
+        finish(interrupt(partial(work, world=world), Faulty(root, at, way)), world)
 
 
 @pytest.mark.parametrize("way", ["before", "after", "torn", "power", "full"])

@@ -10,7 +10,7 @@ import torch
 from meadow.config import Config
 from meadow.errors import PromotionError
 from meadow.identity import own_identity
-from meadow.peft_adapters.peft_format import load_adapter
+from meadow.peft_adapters.adapter_reader import load_adapter
 from meadow.server.registry import Registry
 from meadow.server.registry_gates import AllOf, LineageGate, LossGate
 from meadow.server.registry_runs import publish_run

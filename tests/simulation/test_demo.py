@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from meadow.cli import main
-from meadow.peft_adapters.peft_format import check_servable
+from meadow.peft_adapters.servable import check_servable
 from meadow.simulation import baselines, demo
 
 

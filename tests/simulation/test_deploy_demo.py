@@ -12,7 +12,7 @@ import pytest
 from meadow.cli import main
 from meadow.client.outgoing_log import read, verify
 from meadow.errors import ConfigError, DeploymentError
-from meadow.peft_adapters.peft_format import check_servable
+from meadow.peft_adapters.servable import check_servable
 from meadow.simulation import deploy_demo
 
 

@@ -16,7 +16,6 @@ from meadow.errors import StorageError, UpdateError
 from meadow.peft_adapters.blueprint import open_blueprint
 from meadow.server.app import wrap
 from meadow.server.coordinator_home import check_deployable
-from meadow.server.deployment import strategy_of
 from meadow.simulation import deploy_memory, flower_identity
 from meadow.simulation.deploy_memory import Load, measure, write_base
 from meadow.simulation.load_generator import answer_to
@@ -27,6 +26,7 @@ from meadow.strategies.messages import (
     turn_to_json,
     unpack_update,
 )
+from meadow.strategies.registry import strategy_of
 
 SMALL = Load(3, 2.0)
 
@@ -42,7 +42,7 @@ def test_an_update_has_the_size_that_is_asked_for(base: Path) -> None:
     config = SMALL.config(base)
     blueprint = open_blueprint(config.model)
     check_deployable(config, blueprint)
-    strategy = strategy_of(config, blueprint)
+    strategy = strategy_of(config, blueprint.layers, blueprint.digest)
     turn = Turn(1, 1, 1, client="anna", cohort=("anna",))
     shapes = strategy.template(strategy.broadcast(strategy.init(1), turn), turn).values()
     layer = sum(4 * rows * columns for rows, columns in shapes) / SMALL.layers
@@ -52,7 +52,8 @@ def test_an_update_has_the_size_that_is_asked_for(base: Path) -> None:
 
 def test_answers_are_such_as_a_coordinator_counts(base: Path) -> None:
     config = SMALL.config(base)
-    strategy = strategy_of(config, open_blueprint(config.model))
+    blueprint = open_blueprint(config.model)
+    strategy = strategy_of(config, blueprint.layers, blueprint.digest)
     turn = Turn(1, 1, 1, client="anna", cohort=("anna",))
     sent = strategy.broadcast(strategy.init(1), turn)
     message = asked(pack_update(sent, turn=turn_to_json(turn)), "train")

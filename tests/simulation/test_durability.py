@@ -6,11 +6,8 @@ Run as a program, this file is the long tier's child process: there SIGKILL ends
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,13 +17,13 @@ from typing import Any
 
 import pytest
 import torch
-from faulty_disk import Crash, Deadly, Faulty, Numbered
+from crashes import forked, interrupt, said_by
+from faulty_disk import Deadly, Faulty, Numbered
 from safetensors.torch import load_file
 from tiny import CLIENTS, config_over
 
 from meadow.client.outbox import Outbox
 from meadow.config import Config
-from meadow.errors import StorageError
 from meadow.journal import Journal, RunIdentity
 from meadow.server.run_folder import environment
 from meadow.simulation.engine import Lab, open_lab, simulate
@@ -102,21 +99,9 @@ def reference(
     return cache(lambda case: Reference(variant(tiny, case), lab, tmp_path_factory.mktemp("whole")))
 
 
-def interrupt(reference: Reference, disk: Faulty) -> Path:
-    """Run until the fault; the folder in which the next start finds itself."""
-    try:
-        reference.run(disk.root, disk)
-    except Crash:
-        return disk.survivor
-    except StorageError:
-        assert disk.way == "full"
-        return disk.root
-    raise AssertionError(f"step {disk.at} did not end the run")
-
-
 def try_all(reference: Reference, way: str, places: list[int], roots: Iterator[Path]) -> None:
     for at, root in zip(places, roots, strict=False):
-        reference.finish(interrupt(reference, Faulty(root, at, way)))
+        reference.finish(interrupt(reference.run, Faulty(root, at, way)))
 
 
 def test_a_run_has_many_steps(reference: Callable[[str], Reference]) -> None:
@@ -173,8 +158,8 @@ def test_two_crashes_in_a_row(reference: Callable[[str], Reference], roots: Iter
     whole = reference("diloco")
     for at, root in zip((30, 75), roots, strict=False):
         first = Faulty(root, at, "before")
-        second = Faulty(interrupt(whole, first), 25, "power", first.undo)
-        whole.finish(interrupt(whole, second))
+        second = Faulty(interrupt(whole.run, first), 25, "power", first.undo)
+        whole.finish(interrupt(whole.run, second))
 
 
 # Real processes
@@ -185,13 +170,8 @@ def test_two_crashes_in_a_row(reference: Callable[[str], Reference], roots: Iter
 @pytest.mark.parametrize("case", ["fedavg_lora", "diloco", "fused", "fedkseed"])
 def test_sigkill(tmp_path: Path, tiny: Config, case: str, kind: str) -> None:
     """A process that runs `simulate` is killed, and started again until it ends by itself."""
-    helpers = str(Path(__file__).parents[1] / "helpers")
-    done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path), tiny.model.base, tiny.data.source, case, kind],
-        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": helpers},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) >= (10 if kind == "step" else 3)  # instants depend on the machine
+    said = said_by(__file__, str(tmp_path), tiny.model.base, tiny.data.source, case, kind)
+    assert int(said) >= (10 if kind == "step" else 3)  # instants depend on the machine
 
 
 def kill_at_steps(whole: Reference, folder: Path) -> int:
@@ -223,24 +203,6 @@ def kill_at_instants(whole: Reference, folder: Path) -> int:
         whole.finish(root)
         shutil.rmtree(root)
     return deaths
-
-
-def forked(run: Callable[[], None], seconds: float | None = None) -> bool:
-    """Whether a child process that does `run` was killed, by itself or after `seconds`."""
-    child = os.fork()
-    if child == 0:
-        try:
-            run()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)  # a child that has ended waits to be asked how
-    status = os.waitpid(child, 0)[1]
-    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    assert killed or os.waitstatus_to_exitcode(status) == 0
-    return killed
 
 
 def main(folder: Path, base: str, rows: str, case: str, kind: str) -> int:

@@ -20,7 +20,7 @@ from meadow import config as toml
 from meadow.config import Config
 from meadow.errors import ConfigError, DataError, JournalError, QuorumError
 from meadow.events import Event
-from meadow.peft_adapters.peft_format import load_adapter
+from meadow.peft_adapters.adapter_reader import load_adapter
 from meadow.simulation.engine import Lab, Result, open_lab, personal_folder, simulate
 
 

@@ -12,7 +12,7 @@ import pytest
 from meadow.cli import main
 from meadow.client.peer_audit import cuts, events
 from meadow.errors import ConfigError, PeerError
-from meadow.peft_adapters.peft_format import check_servable
+from meadow.peft_adapters.servable import check_servable
 from meadow.simulation import peer_demo
 
 

@@ -15,8 +15,8 @@ from meadow.config import Config
 from meadow.errors import ConfigError
 from meadow.events import Event
 from meadow.journal import Journal, RunIdentity
+from meadow.peft_adapters.adapter_reader import load_adapter
 from meadow.peft_adapters.layout import FACTORS
-from meadow.peft_adapters.peft_format import load_adapter
 from meadow.server.run_folder import environment
 from meadow.simulation.engine import Lab, Result, measure, open_lab, simulate
 from meadow.strategies.messages import unpack_state

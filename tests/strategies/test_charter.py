@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from gossips import charter_of, identity, member
 
+from meadow.canonical_json import canonical
 from meadow.errors import FormatError, IdentityError
 from meadow.identity import pae
 from meadow.strategies.charter import PAYLOAD, Charter, Member
 from meadow.strategies.peer_keys import peer_of
-from meadow.wire import canonical
 
 ALICE, BOB, EVE = identity("alice"), identity("bob"), identity("eve")
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from toy import NAMES, RANK, SITES, ToyClient, ToyFederation, apart, dense
 
+from meadow.peft_adapters.adapter_reader import load_adapter
+from meadow.peft_adapters.adapter_writer import save_adapter
 from meadow.peft_adapters.layout import modules_of
-from meadow.peft_adapters.peft_format import load_adapter, save_adapter
 from meadow.strategies.averaging import under
 from meadow.strategies.base import Strategy
 from meadow.strategies.registry import STRATEGIES, make

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from homes import terms_json
+from enrolment import new_identity
+from homes import RUN, terms_json
 
 from meadow import __version__
-from meadow.client.terms import Terms
+from meadow.canonical_json import canonical
 from meadow.config import Config
-from meadow.errors import ConfigError, FormatError
+from meadow.errors import FormatError
 from meadow.store import digest_of
-from meadow.wire import canonical
+from meadow.terms import Terms, draft, fields_of
+
+OPERATOR = new_identity()
 
 
 def test_terms_hold_the_runs_settings(tiny: Config) -> None:
@@ -64,6 +66,18 @@ def test_a_patch_release_is_no_other_version(tiny: Config) -> None:
     Terms.parse(terms_json(tiny, meadow=release))
 
 
-def test_a_folder_without_terms(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there is no"):
-        Terms.load(tmp_path / "terms.json")
+def test_what_a_coordinator_drafts_is_what_a_participant_reads(tiny: Config) -> None:
+    fields = draft(tiny, "ab" * 32, "cd" * 32, "ef" * 32, OPERATOR)
+    terms = Terms.parse(json.dumps(fields))
+    assert (terms.run, terms.base_digest, terms.bundle) == ("ab" * 32, "cd" * 32, "ef" * 32)
+    assert terms.config == tiny.shared() and terms.config.data.source == ""
+    assert terms.coordinator == OPERATOR.public.public_bytes_raw().hex()
+    assert fields_of(json.dumps(fields)) == json.loads(json.dumps(fields))
+
+
+def test_another_versions_terms_can_still_be_told_apart(tiny: Config) -> None:
+    """A coordinator that was updated goes on with the run that its older version began."""
+    assert fields_of(terms_json(tiny, meadow="9.1.0"))["run"] == RUN
+    for damaged in (terms_json(tiny, run=7), terms_json(tiny, base_digest="x"), b"{}", b"[7]"):
+        with pytest.raises(FormatError):
+            fields_of(damaged)
