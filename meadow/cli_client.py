@@ -203,6 +203,8 @@ def _status(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _state(found: dict[str, Any]) -> str:
     """What the daemon does now, in a few words."""
+    if found["finished"]:
+        return "the run is finished, its adapter is with the operator; `meadow client leave` leaves"
     if not found["daemon"]:
         paused = " and paused" if found["paused"] else ""
         return f"the daemon is not running{paused}; `meadow client` starts it"

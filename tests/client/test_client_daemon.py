@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from homes import make_home, terms_json
+from homes import RUN, make_home, terms_json
 
 from meadow.client import daemon as module
 from meadow.client.daemon import FORWARDER, SUPERNODE, TRAINER, ClientDaemon, own_bundle
@@ -20,6 +20,7 @@ from meadow.client.daemon_status import status_of
 from meadow.client.home import (
     FLOWER_KEY,
     FORWARDER_AUTHORITY,
+    OUTGOING,
     PAUSED,
     POLICY,
     SOCKET,
@@ -27,6 +28,7 @@ from meadow.client.home import (
     terms_in,
 )
 from meadow.client.membership import Membership
+from meadow.client.outgoing_log import Kind, OutgoingLog
 from meadow.client.policy import Policy
 from meadow.client.resident_trainer import ResidentTrainer
 from meadow.client.trainer_socket import TrainerSocket
@@ -189,3 +191,17 @@ def test_the_trainers_own_word_is_in_the_status(folder: Path, asleep: list[Event
         eventually(lambda: SUPERNODE in alive(folder))
         found = status_of(folder)
     assert found["trainer"] and found["run"] == terms.run and found["working"] is None
+
+
+@pytest.mark.parametrize(("kind", "round", "finished"), [
+    ("evaluate", 2, True), ("train", 2, False), ("evaluate", 1, False),
+])  # fmt: skip
+def test_a_run_is_finished_once_its_last_result_was_measured(
+    folder: Path, tiny: Config, kind: Kind, round: int, finished: bool
+) -> None:
+    """Whether or not the daemon, or even the coordinator, still runs."""
+    (folder / TERMS).write_bytes(terms_json(tiny.replace(rounds={"count": 2})))
+    assert not status_of(folder)["finished"]
+    log = OutgoingLog(folder / OUTGOING)
+    log.append(kind, b"an answer", run=RUN, round=round, received=0, about={})
+    assert status_of(folder)["finished"] is finished

@@ -26,6 +26,7 @@ def test_a_clock_wrong_by_a_day_is_no_matter(tmp_path: Path, short_path: Path) -
         deployment.begin(2)
         deployment.end(2)
         deployment.finish()
+        assert "the run is finished" in deployment.client(HTTP, "status")
     assert deployment.left_behind() == []
     assert deployment.counted() == {n: dict.fromkeys(PEOPLE, 1) for n in (1, 2)}
 
