@@ -50,6 +50,7 @@ _HEARTBEAT_PATIENCE = 4.0  # Flower's own time-out is 5
 _FIRST_DELAY, _LONGEST_DELAY = 0.25, 2.0
 _SIGN_OF_LIFE = 2.0  # seconds between interim answers; Flower's time-outs begin anew with each
 _INTERIM = b"HTTP/1.1 102 Processing\r\n\r\n"
+_FAILED = 500  # as when a database is busy
 _THREADS = 16
 _RENEWAL_SECONDS = 600.0
 _SERVER_SECONDS = 3.0
@@ -147,12 +148,18 @@ class Forwarder:
         return self._checked(request.raw_path, work.result())
 
     async def _patiently(self, request: web.BaseRequest, body: bytes) -> Answer:
-        """Try again, for a while, where the gateway cannot be reached."""
+        """Try again, for a while, where the gateway cannot be reached or fails.
+
+        A SuperNode takes a failure for an answer, and drops what it was sending.
+        """
         patience = _HEARTBEAT_PATIENCE if request.raw_path == HEARTBEAT else PATIENCE
         end, delay = time.monotonic() + patience, _FIRST_DELAY
         while True:
             try:
-                return await self._once(request, body)
+                answer = await self._once(request, body)
+                if answer.status != _FAILED or time.monotonic() + delay > end:
+                    return answer
+                log.warning("%s: the coordinator failed, asking again", request.raw_path)
             except GatewayError as error:
                 if error.status or time.monotonic() + delay > end:
                     raise Rejection(503, error.message, error.hint) from error

@@ -70,7 +70,7 @@ from .flower_identity import name_message
 
 HEARTBEAT_SECONDS = 30.0  # Flower's own
 _PAUSE = 0.5
-_BUSY, _TRIES = (429, 502, 503, 504), 20  # a SuperNode asks again, too
+_BUSY, _TRIES = (429, 500, 502, 503, 504), 20  # a forwarder asks again, too
 _LOST_SECONDS = 30.0  # without the gateway
 _SMALL = 1e-3  # size of the random numbers
 _HEADERS = {

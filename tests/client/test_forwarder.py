@@ -238,6 +238,29 @@ def test_a_gateway_that_comes_back_is_waited_for(tmp_path: Path) -> None:
             assert (answer.status_code, answer.content) == (200, b"answer to question")
 
 
+def test_a_failure_that_passes_is_not_told(tmp_path: Path) -> None:
+    """A SuperNode would take it for its answer, and drop what it was sending."""
+    with site(tmp_path / "coordinator") as place:
+        anna = place.participant("anna")
+        with local(place, anna, home(tmp_path / "home", anna)) as machine:
+            place.superlink.answers[RUN] = (500, b"database is locked")
+            mended = threading.Timer(1.0, place.superlink.answers.clear)
+            mended.start()
+            answer = machine.ask()
+            mended.join()
+            assert (answer.status_code, answer.content) == (200, b"answer to question")
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_failure_that_stays_is_told(tmp_path: Path) -> None:
+    with site(tmp_path / "coordinator") as place:
+        anna = place.participant("anna")
+        with local(place, anna, home(tmp_path / "home", anna)) as machine:
+            place.superlink.answers[RUN] = (500, b"database is locked")
+            assert machine.ask().status_code == 500
+            assert sum(seen.path == RUN for seen in place.superlink.seen) > 1
+
+
 @pytest.mark.usefixtures("patient")
 def test_while_the_gateway_is_away_the_supernode_is_told_to_ask_again(tmp_path: Path) -> None:
     """503: on 401 a SuperNode would end itself, on 403 forget its message."""
