@@ -52,9 +52,12 @@ class Uplink(Closeable):
         self._lock = threading.Lock()
         self._client: GatewayClient | None = None
         self._stamp: Stamp = ()
+        self._closed = False
 
     def close(self) -> None:
+        """Who still asks is refused: nobody would close what is opened from now on."""
         with self._lock:
+            self._closed = True
             if self._client is not None:
                 self._client.close()
 
@@ -116,8 +119,13 @@ class Uplink(Closeable):
         return kept
 
     def client(self) -> GatewayClient:
-        """The client for the membership and the key as they are now."""
+        """The client for the membership and the key as they are now.
+
+        Raises GatewayError once the uplink is closed.
+        """
         with self._lock:
+            if self._closed:
+                raise GatewayError("the forwarder is ending")
             stamp = (*_look(self._folder / MEMBERSHIP), *_look(self._identity))
             if self._client is None or stamp != self._stamp:
                 membership = Membership.load(self._folder)

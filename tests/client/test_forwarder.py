@@ -222,6 +222,15 @@ def test_a_bundle_with_code_is_refused_and_the_coordinator_told(machine: Local) 
     assert "bundle" in notes[0].text
 
 
+def test_a_closed_uplink_opens_nothing(place: Site, tmp_path: Path) -> None:
+    """A thread may begin its work only when the forwarder is already ending."""
+    person = place.participant("late")
+    uplink = uplink_of(person, home(tmp_path / "home", person))
+    uplink.close()
+    with pytest.raises(GatewayError, match="ending"):
+        uplink.renew_if_due()
+
+
 # --- faults ------------------------------------------------------------------------------------
 
 
