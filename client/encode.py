@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, ModelError
+from ..prompt_text import joint
 from .rows import Row
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, plain: bool) ->
         shown = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         return _ids(tokenizer, shown, special=True)
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return first + _ids(tokenizer, text if plain else text + _joint(text), special=False)
+    return first + _ids(tokenizer, text if plain else text + joint(text), special=False)
 
 
 def collate(examples: Sequence[Example], pad: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,14 +122,9 @@ def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], li
         return _chat(row, tokenizer)
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     last = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    asked = row.prompt + _joint(row.prompt)
+    asked = row.prompt + joint(row.prompt)
     prompt, response = _split(tokenizer, asked, row.response, special=False)
     return first + prompt, response + last if response else []
-
-
-def _joint(prompt: str) -> str:
-    """What stands between a prompt and its response."""
-    return "" if not prompt or prompt[-1].isspace() else "\n"
 
 
 def _chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -24,6 +24,7 @@ from typing import Any, get_type_hints
 
 from ..config_values import checked, nearest
 from ..errors import ConfigError
+from ..prompt_text import joint
 
 MOST_TOKENS = 4096
 _SHOWN = 60
@@ -43,6 +44,11 @@ class Canary:
     @property
     def asked(self) -> str:
         return self.prompt or self.text
+
+    @property
+    def plain(self) -> str:
+        """What a model without a chat template reads."""
+        return self.text or self.prompt + joint(self.prompt)
 
     def faults(self, answer: str) -> list[str]:
         """What is wrong with an answer, for the operator; nothing where it passes."""
