@@ -29,6 +29,7 @@ from ..journal import Journal, RunIdentity
 from ..peft_adapters.blueprint import Blueprint, check_shape
 from ..store import Disk, explained
 from ..strategies.registry import make
+from .publishing import check_serve
 from .run_folder import environment
 
 FORMAT = 1
@@ -173,6 +174,7 @@ def check_deployable(config: Config, blueprint: Blueprint) -> None:
     strategy = make(config.strategy.name, config.strategy.options, (), config.model.rank)
     strategy.check_clients(config.clients)
     check_shape(config.model.rank, blueprint.layers, strategy.integers)
+    check_serve(config)
     if config.simulation.engine != "sequential":
         raise ConfigError(
             '[simulation] engine = "fused" is for one machine', 'take engine = "sequential"'

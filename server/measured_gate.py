@@ -62,6 +62,12 @@ def in_own_process(question: Question) -> Answers:
     return answers
 
 
+def require_rows(held_out: str) -> None:
+    """Raise ConfigError where there is no such file or folder."""
+    if not Path(held_out).exists():
+        raise ConfigError(f"{held_out}: no such file of held-out rows")
+
+
 class MeasuredGate:
     """Held-out loss must not get worse than the current version's by more than `max_increase`, nor
     than the base's; every canary must pass.
@@ -79,8 +85,8 @@ class MeasuredGate:
         max_increase: float = 0.0,
         measure: Callable[[Question], Answers] | None = None,
     ) -> None:
-        if held_out and not Path(held_out).exists():
-            raise ConfigError(f"{held_out}: no such file of held-out rows")
+        if held_out:
+            require_rows(held_out)
         self._registry, self._serving = registry, serving
         self._measure = measure or in_own_process
         self._held_out, self._file, self._max_increase = held_out, canaries, max_increase

@@ -17,7 +17,8 @@ from ..identity import Identity
 from ..peft_adapters.blueprint import Blueprint
 from ..peft_adapters.manifest import ADAPTER, MANIFEST
 from ..store import Disk
-from .measured_gate import MeasuredGate, Serving
+from .canaries import read_canaries
+from .measured_gate import MeasuredGate, Serving, require_rows
 from .registry import Registry, default_folder
 from .registry_gates import AllOf, Gate, LineageGate, LossGate
 from .registry_names import adapter_name, alias_name
@@ -98,17 +99,13 @@ def open_publishing(
 ) -> Publishing | None:
     """None where the run publishes nothing.
 
-    Mistakes show here, before the work: raises RegistryError for names that cannot be, ConfigError
-    for files that cannot be used, IdentityError where the registry does not trust the run's key,
-    and what `Registry.open` raises.
+    Mistakes show here, before the work: raises what `check_serve` and `Registry.open` raise, and
+    IdentityError where the registry does not trust the run's key.
     """
     serve = config.serve
     if not serve.name:
         return None
-    adapter_name(serve.name)
-    if serve.alias:
-        alias_name(serve.alias)
-        _check_measured(config)
+    check_serve(config)
     folder = Path(serve.registry) if serve.registry else default_folder()
     registry = Registry.open(folder, who, disk)
     try:
@@ -117,6 +114,24 @@ def open_publishing(
     except BaseException:
         registry.close()
         raise
+
+
+def check_serve(config: Config) -> None:
+    """Refuse, before anybody is invited, what could not be published or gated.
+
+    Raises RegistryError for names, ConfigError for files and settings.
+    """
+    serve = config.serve
+    if not serve.name:
+        return
+    adapter_name(serve.name)
+    if serve.canaries:
+        read_canaries(Path(serve.canaries))
+    if serve.held_out:
+        require_rows(serve.held_out)
+    if serve.alias:
+        alias_name(serve.alias)
+        _check_measured(config)
 
 
 def gate_of(config: Config, registry: Registry) -> Gate:

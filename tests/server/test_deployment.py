@@ -386,8 +386,9 @@ def test_only_the_approved_are_asked(stage: Stage) -> None:
 def test_serving_claims_the_run_and_leaves_its_traces(
     tiny: Config, lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "c"
-    with opened(folder, tiny, lab) as stage:
+    folder, registry_folder = tmp_path / "c", tmp_path / "registry"
+    config = tiny.replace(serve={"name": "mail", "registry": str(registry_folder), "alias": ""})
+    with opened(folder, config, lab) as stage:
         home, run_id = stage.home, stage.journal.run_id
     claims: list[bool] = []
 
@@ -396,7 +397,7 @@ def test_serving_claims_the_run_and_leaves_its_traces(
         late("max")
         with pytest.raises(JournalError, match="its server app runs already"):
             serve(folder, peers_of)
-        return People(lab, tiny, folder, run_id)
+        return People(lab, config, folder, run_id)
 
     serve(folder, peers_of)
     assert claims == [True] and not is_held(home.server_app_lock) and not home.server_app.exists()
@@ -405,4 +406,6 @@ def test_serving_claims_the_run_and_leaves_its_traces(
     assert rows[1]["kind"] == "run_started" and rows[-1]["kind"] == "run_finished"
     metrics = (home.run / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in metrics] == [0, 1, 2]
-    assert dataclasses.asdict(home.config()) == dataclasses.asdict(tiny)
+    assert dataclasses.asdict(home.config()) == dataclasses.asdict(config)
+    with Registry.open(registry_folder, home.identity()) as registry:
+        assert registry.verify("mail@v1").provenance.run_id == run_id
