@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ..errors import RegistryError
 from .registry_names import PROD, Reference
 from .registry_rows import Version
 from .vllm_replica import Replica
@@ -27,6 +28,17 @@ class Served:
     @property
     def name(self) -> str:
         return f"{self.version.name}@{self.version.id[:DIGITS]}"
+
+    def is_called(self, model: str) -> bool:
+        """Whether a name is this version's: as the servers have it, NAME@v7, NAME@sha256:..."""
+        if model in (self.name, str(self.version)):
+            return True
+        try:
+            reference = Reference.parse(model)
+        except RegistryError:
+            return False
+        beginning = reference.name == self.version.name and reference.digest
+        return bool(beginning) and self.version.id.startswith(reference.digest)
 
 
 @dataclass(frozen=True)
@@ -58,9 +70,10 @@ class ModelRoutes:
         return dict(self._aliases)
 
     def target(self, model: str) -> Target | None:
-        """What answers, from now to its request's end, for what a request calls `model`."""
-        names = {served.name: served for served in self._aliases.values()}
-        served = self._aliases.get(model) or names.get(model)
+        """What answers, from now to its request's end, for what a request calls `model`: an alias,
+        a live version in any of its spellings, or a base."""
+        live = [one for one in self._aliases.values() if one.is_called(model)]
+        served = self._aliases.get(model) or next(iter(live), None)
         if served is not None:
             return Target(served.name, served.version.id)
         return Target(model, "") if model in self.bases() else None

@@ -58,8 +58,11 @@ class Shelf:
         return (self.folder / served.version.id).is_dir()
 
     def keep_only(self, needed: Callable[[str], bool]) -> None:
-        """Delete the copies whose ids nothing needs.  Raises StorageError."""
-        for id in sorted(self._versions.ids()) if self.folder.exists() else ():
+        """Delete the copies whose ids nothing needs, and what was cut off.  Raises StorageError."""
+        if not self.folder.exists():
+            return
+        self._versions.sweep()
+        for id in sorted(self._versions.ids()):
             if not needed(id):
                 self._versions.delete(id)
 
@@ -198,7 +201,7 @@ class Publisher:
     async def _provide(self, replica: Replica, served: Served) -> None:
         name, path = served.name, self._shelf.path(served)
         card = replica.card(name)
-        if card is not None and card.root != path:  # somebody else's, or of another folder
+        if card is not None and Path(card.root).name != served.version.id:  # somebody else's
             await replica.unload(name)
             card = None
         if card is None:

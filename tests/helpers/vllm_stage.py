@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,14 +46,25 @@ class Stage:
     root: Path
     servers: list[FakeVllm]
     registry: Registry
-    replicas: list[Replica]
-    routes: ModelRoutes
-    publisher: Publisher
     session: aiohttp.ClientSession
-    said: list[str]
-    clock: Clock
+    make: Callable[[ModelRoutes, Callable[[str], None], Clock], Publisher]
+    said: list[str] = field(default_factory=list)
+    clock: Clock = field(default_factory=Clock)
     gateway: str = ""
     headers: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.replicas = [Replica(one.url, self.session, KEY, seconds=5.0) for one in self.servers]
+        self.routes = ModelRoutes(self.replicas)
+        self.publisher = self.make(self.routes, self.said.append, self.clock)
+
+    async def restart(self) -> None:
+        """Another publisher process, which knows nothing of the first; not behind the gateway."""
+        await self.publisher.close()
+        self.__post_init__()
+
+    async def close(self) -> None:
+        await self.publisher.close()
 
     def promote(self, number: int, alias: str = "prod", name: str = "mail") -> None:
         """Publish a version, where it is not yet, and point an alias to it."""
@@ -92,17 +103,19 @@ async def staged(
         fakes = [await stack.enter_async_context(FakeVllm()) for _ in range(servers)]
         session = await stack.enter_async_context(aiohttp.ClientSession())
         registry = stack.enter_context(open_registry(root))
-        replicas = [Replica(fake.url, session, KEY, seconds=5.0) for fake in fakes]
-        routes, clock = ModelRoutes(replicas), Clock()
-        said: list[str] = []
         shelf = Shelf(root / "shelf", root / "shelf", Disk())
-        publisher = Publisher(
-            lambda: open_registry(root), [Reference.parse(text) for text in wanted], routes,
-            shelf, canaries, drain, patience, said.append, clock,
-        )  # fmt: skip
-        stack.push_async_callback(publisher.close)
+        references = [Reference.parse(text) for text in wanted]
+
+        def make(routes: ModelRoutes, tell: Callable[[str], None], clock: Clock) -> Publisher:
+            return Publisher(
+                lambda: open_registry(root), references, routes, shelf, canaries, drain, patience,
+                tell, clock,
+            )  # fmt: skip
+
+        stage = Stage(root, fakes, registry, session, make)
+        stack.push_async_callback(stage.close)
         runner = web.AppRunner(
-            ModelGateway(routes, keys).application(),
+            ModelGateway(stage.routes, keys).application(),
             access_log=None,
             handler_cancellation=True,
             shutdown_timeout=0.1,
@@ -111,8 +124,5 @@ async def staged(
         stack.push_async_callback(runner.cleanup)
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        port = runner.addresses[0][1]
-        yield Stage(
-            root, fakes, registry, replicas, routes, publisher, session, said, clock,
-            f"http://127.0.0.1:{port}",
-        )  # fmt: skip
+        stage.gateway = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        yield stage

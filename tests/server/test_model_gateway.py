@@ -49,7 +49,8 @@ async def streamed(stage: Stage, **body: Any) -> tuple[str, str]:
 
 def test_an_alias_is_answered_by_its_version_and_says_which(tmp_path: Path) -> None:
     async def scene(stage: Stage) -> None:
-        for model in ("mail", "mail@prod", name_of(1)):
+        digest = f"mail@sha256:{adapter(1).id[:20]}"
+        for model in ("mail", "mail@prod", name_of(1), "mail@v1", digest):
             status, headers, answer = await stage.ask(model=model)
             assert (status, headers[VERSION_HEADER]) == (200, adapter(1).id)
             assert answer["choices"][0]["text"] == said_by(1, "hi", 3)
@@ -180,6 +181,9 @@ def test_other_paths_do_not_exist(tmp_path: Path, method: str, path: str) -> Non
         ({"model": "unknown"}, 404, "model"),
         ({"model": "mail@canary"}, 404, "model"),
         ({"model": "mail@000000000000"}, 404, "model"),
+        ({"model": "mail@v2"}, 404, "model"),
+        ({"model": f"mail@sha256:{'0' * 12}"}, 404, "model"),
+        ({"model": "other@v1"}, 404, "model"),
     ],
 )
 def test_models_that_are_none(

@@ -328,6 +328,18 @@ def test_a_shelf_that_was_emptied_is_filled_again(tmp_path: Path) -> None:
     play(tmp_path, scene)
 
 
+def test_a_copy_that_was_cut_off_is_cleared_away(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        draft = tmp_path / "shelf" / (adapter(7).id + ".draft")
+        draft.mkdir(parents=True)
+        (draft / "adapter_config.json").write_text("{")
+        stage.promote(1)
+        assert await stage.settle()
+        assert [path.name for path in (tmp_path / "shelf").iterdir()] == [adapter(1).id]
+
+    play(tmp_path, scene)
+
+
 def test_no_server_at_all(tmp_path: Path) -> None:
     async def scene(stage: Stage) -> None:
         for server in stage.servers:
@@ -344,8 +356,8 @@ def test_no_server_at_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_happens_it_ends_in_step(tmp_path: Path, seed: int) -> None:
-    """Random promotions, rollbacks, restarts, losses and refusals; at no time does an alias mean
-    what a server that may be asked does not have."""
+    """Random promotions, restarts of servers and of the publisher, losses and refusals; at no time
+    does an alias mean what a server that may be asked does not have."""
     import random
 
     dice = random.Random(seed)
@@ -362,7 +374,7 @@ def test_whatever_happens_it_ends_in_step(tmp_path: Path, seed: int) -> None:
             stage.promote(number)
         for _ in range(25):
             server = dice.choice(stage.servers)
-            match dice.randrange(5):
+            match dice.randrange(6):
                 case 0:
                     stage.promote(dice.randint(1, 4))
                 case 1:
@@ -374,6 +386,8 @@ def test_whatever_happens_it_ends_in_step(tmp_path: Path, seed: int) -> None:
                     server.refuses = dice.choice([0, 500])
                 case 4:
                     stage.clock.now += 20
+                case 5:
+                    await stage.restart()
             await stage.settle()
             consistent()
         for server in stage.servers:
