@@ -71,6 +71,15 @@ def test_another_precision_gives_other_losses(
     assert loss != run.loss and loss == pytest.approx(run.loss, abs=0.05)
 
 
+@pytest.mark.parametrize("quantize", ["4bit", "8bit"])
+def test_quantised_too(
+    registry: Registry, tiny: Config, run: Result, rows: Path, quantize: str
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra `quantized` is not installed")
+    found = measure(question(registry, tiny, held_out=str(rows), quantize=quantize))
+    assert found["versions"][0]["loss"] == pytest.approx(run.loss, abs=0.3)
+
+
 @pytest.mark.parametrize("kind", ["prompt", "text"])
 def test_answers_are_those_of_peft(
     registry: Registry, tiny: Config, run: Result, tmp_path: Path, kind: str
