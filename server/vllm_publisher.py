@@ -113,7 +113,8 @@ class Publisher:
         """
         targets, faults = await self._targets()
         needed = {served.name: served for served in (*targets.values(), *self._routed())}
-        self._note_needed(needed.keys())
+        unknown = {reference.name for reference in self._wanted if reference not in targets}
+        self._note_needed(needed.keys(), unknown)
         faults |= await self._equip_all(needed)
         for reference, served in targets.items():
             self._move(reference, served)
@@ -234,10 +235,13 @@ class Publisher:
 
     # What nothing needs any more
 
-    def _note_needed(self, needed: Collection[str]) -> None:
-        """Which names are needed from now on, and since when others are not."""
+    def _note_needed(self, needed: Collection[str], unknown: Collection[str]) -> None:
+        """Which names are needed from now on, and since when others are not.
+
+        Of an `unknown` adapter, whose alias the registry cannot tell now, all stay.
+        """
         self._needed, now = set(needed), self._clock()
-        names = {reference.name for reference in self._wanted}
+        names = {reference.name for reference in self._wanted}.difference(unknown)
         loaded = {name for one in self._routes.replicas for name in one.cards or {}}
         ours = {name for name in loaded if (m := _OURS.fullmatch(name)) and m["name"] in names}
         left = ours - self._needed

@@ -305,6 +305,25 @@ def test_a_registry_that_is_gone_and_back(tmp_path: Path) -> None:
     play(tmp_path, scene)
 
 
+def test_a_registry_that_says_nothing_empties_no_server(tmp_path: Path) -> None:
+    """As one whose disk is not mounted: what an earlier publisher left there goes on."""
+
+    async def scene(stage: Stage) -> None:
+        stage.promote(1)
+        stage.promote(2, name="team/letters")
+        await stage.settle()
+        stage.registry.close()
+        shutil.move(tmp_path / "registry", tmp_path / "away")
+        await stage.restart()
+        stage.clock.now += 99
+        for _ in range(3):
+            await stage.settle()
+            stage.clock.now += 99
+        assert stage.loaded() == [{name_of(1), name_of(2, "team/letters")}] * 2
+
+    play(tmp_path, scene, wanted=("mail", "team/letters"))
+
+
 def test_an_alias_that_is_not_there_yet(tmp_path: Path) -> None:
     async def scene(stage: Stage) -> None:
         assert not await stage.settle()
