@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, ModelError
+from ..prompt_text import joint
 from .rows import Row
 
 if TYPE_CHECKING:
@@ -67,6 +68,16 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: 
     return Encoded(tuple(examples), truncated)
 
 
+def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, plain: bool) -> list[int]:
+    """A prompt as the model reads it before it answers; or, `plain`, text for it to go on from."""
+    if not plain and tokenizer.chat_template:
+        asked = [{"role": "user", "content": text}]
+        shown = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        return _ids(tokenizer, shown, special=True)
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return first + _ids(tokenizer, text if plain else text + joint(text), special=False)
+
+
 def collate(examples: Sequence[Example], pad: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """(input_ids, attention_mask, labels), each int64 (rows, longest), padded on the right.
 
@@ -111,8 +122,8 @@ def _tokens(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], li
         return _chat(row, tokenizer)
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     last = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    joint = "" if not row.prompt or row.prompt[-1].isspace() else "\n"
-    prompt, response = _split(tokenizer, row.prompt + joint, row.response, special=False)
+    asked = row.prompt + joint(row.prompt)
+    prompt, response = _split(tokenizer, asked, row.response, special=False)
     return first + prompt, response + last if response else []
 
 

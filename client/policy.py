@@ -20,7 +20,7 @@ from datetime import datetime, time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from ..config import checked
+from ..config_values import checked
 from ..errors import ConfigError, IdentityError, PolicyError
 from ..store import Disk, explained
 from ..terms import Terms

@@ -8,10 +8,11 @@ import torch
 
 from ..config import Config
 from ..errors import ConfigError
+from ..peft_adapters.adapter_reader import Adapter
 from ..peft_adapters.bank import Bank
 from ..peft_adapters.base_model import Base, load_base, sites
 from ..peft_adapters.blueprint import Blueprint
-from ..peft_adapters.layout import Site
+from ..peft_adapters.layout import FACTORS, Site, Tree
 from .data import Silo
 from .encode import encode
 from .task import Participant
@@ -33,6 +34,22 @@ class Workbench:
     def pad(self) -> int:
         token = self.base.tokenizer.pad_token_id
         return 0 if token is None else int(token)
+
+    def blank(self, rank: int = 1) -> Tree:
+        """An adapter of all layers that changes nothing."""
+        return {
+            f"{site.name}.{factor}": torch.zeros(site.shape(factor, rank))
+            for site in self.layers
+            for factor in FACTORS
+        }
+
+    def tree(self, adapter: Adapter) -> Tree:
+        """A PEFT adapter, which may leave layers out, as the bank takes it: at its own scaling."""
+        share = adapter.scaling / self.bank.scaling
+        return self.blank(adapter.rank) | {
+            name: tensor * share if name.endswith("lora_B") else tensor
+            for name, tensor in adapter.tree.items()
+        }
 
     def encode(self, silo: Silo, config: Config) -> tuple[Participant, int]:
         """A participant's text as tokens, and how many of its rows were too long."""

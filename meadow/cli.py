@@ -17,7 +17,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, cli_adapters, cli_client, cli_coordinator, cli_peer, cli_simulate
+from . import (
+    __version__,
+    cli_adapters,
+    cli_client,
+    cli_coordinator,
+    cli_peer,
+    cli_publish,
+    cli_simulate,
+)
 from .config import Config, load, options_of, write
 from .display import Display, bytes_text
 from .errors import ConfigError, MeadowError, StorageError
@@ -89,6 +97,8 @@ def _add_tools(commands: Any) -> None:
 
     adapters = commands.add_parser("adapters", help="the registry of signed adapters")
     cli_adapters.add_commands(adapters.add_subparsers(required=True, metavar="COMMAND"), _command)
+
+    cli_publish.add_command(commands, _command)
 
     peer = commands.add_parser("peer", help="a run without a coordinator")
     cli_peer.add_commands(

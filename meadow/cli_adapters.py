@@ -38,13 +38,12 @@ def add_commands(commands: Any, add: Add) -> None:
     publish.add_argument("folder", type=Path, help="the run's, with adapter/ and manifest.json")
     publish.add_argument("name", help="NAME or TENANT/NAME")
     publish.add_argument("--alias", default="", help="also point this alias to it")
-    publish.add_argument("--base", default="", help="also check that it fits this base model")
-    _add_gates(publish)
+    _add_gates(publish, "also check that it fits this base model")
 
     promote = _on_version(commands, add, "promote", _promote, "point an alias to a version")
     promote.add_argument("--alias", default=_PROD)
     promote.add_argument("--why", default="", help="for the history")
-    _add_gates(promote)
+    _add_gates(promote, "what it is measured on")
     rollback = _on_registry(commands, add, "rollback", _rollback, "point an alias to what it was")
     rollback.add_argument("name")
     rollback.add_argument("--alias", default=_PROD)
@@ -100,7 +99,7 @@ def _on_version(
     return parser
 
 
-def _add_gates(parser: argparse.ArgumentParser) -> None:
+def _add_gates(parser: argparse.ArgumentParser, base: str) -> None:
     parser.add_argument(
         "--max-increase", type=float, default=0.0, metavar="LOSS",
         help="by so much the held-out loss may get worse (default: 0)",
@@ -109,6 +108,23 @@ def _add_gates(parser: argparse.ArgumentParser) -> None:
         "--descends", action="store_true", help="only what was trained from the current version"
     )
     parser.add_argument("--force", action="store_true", help="promote without any gate")
+    parser.add_argument("--base", default="", help=f"a base model: {base}")
+    parser.add_argument(
+        "--held-out",
+        default="",
+        metavar="FILE",
+        help="measure it on these rows (needs --base)",
+    )
+    parser.add_argument(
+        "--canaries", default="", metavar="FILE",
+        help="prompts whose answers have to pass, TOML or JSON lines (needs --base)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="as it is served"
+    )
+    parser.add_argument(
+        "--quantize", choices=["none", "4bit", "8bit"], default="none", help="as it is served"
+    )
 
 
 @contextmanager
@@ -121,12 +137,23 @@ def _opened(options: argparse.Namespace) -> Iterator[Any]:
         yield registry
 
 
-def _gate(options: argparse.Namespace) -> Any:
+def _gate(options: argparse.Namespace, registry: Any) -> Any:
+    from .server.measured_gate import MeasuredGate, Serving
     from .server.registry_gates import AllOf, LineageGate, LossGate
 
+    measured = bool(options.held_out or options.canaries)
+    if measured and not options.base:
+        raise ConfigError("--held-out and --canaries need --base", "name the base to measure on")
     if options.force:
         return None
-    return AllOf((LineageGate(options.descends), LossGate(options.max_increase)))
+    gates: list[Any] = [LineageGate(options.descends)]
+    how = Serving(options.base, options.dtype, options.quantize)
+    if not options.held_out:
+        gates.append(LossGate(options.max_increase, how.precision if measured else ""))
+    if measured:
+        files = options.held_out, options.canaries
+        gates.append(MeasuredGate(registry, how, *files, options.max_increase))
+    return AllOf(gates)
 
 
 def _blueprint(base: str) -> Any:
@@ -210,7 +237,7 @@ def _publish(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             options.folder,
             options.name,
             alias=options.alias,
-            gate=_gate(options),
+            gate=_gate(options, registry),
             blueprint=blueprint,
         )
     at = f", and {options.alias} points to it" if options.alias else ""
@@ -220,7 +247,8 @@ def _publish(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _promote(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     with _opened(options) as registry:
-        version = registry.promote(options.version, options.alias, _gate(options), options.why)
+        gate = _gate(options, registry)
+        version = registry.promote(options.version, options.alias, gate, options.why)
     _say(f"{version.name}@{options.alias} points to {version}")
     return _plain(version)
 

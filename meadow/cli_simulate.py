@@ -12,6 +12,7 @@ from rich.table import Table
 
 from .config import Config, load
 from .display import Display, bytes_text, seconds_text
+from .errors import ConfigError
 
 Add = Callable[..., argparse.ArgumentParser]
 
@@ -27,6 +28,10 @@ def add_commands(commands: Any, add: Add, count: Callable[[str], int]) -> None:
         action="store_true",
         help="a coordinator and three participants as real processes, TLS between them",
     )
+    demo.add_argument(
+        "--publish", default="", metavar="NAME",
+        help="publish what was learned in this user's registry, and point NAME@prod to it",
+    )  # fmt: skip
     demo.add_argument("--out", type=Path, default=Path("meadow-demo"), help="the run's folder")
     demo.add_argument("--threads", type=count, default=0, help="torch threads (0: torch's choice)")
 
@@ -46,9 +51,13 @@ def _demo(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .simulation import demo
 
     if options.deploy:
+        if options.publish:
+            raise ConfigError("--publish does not go with --deploy", "leave one of them out")
         return _deploy_demo(options, console)
     config = demo.QUICK if options.quick else demo.FULL
-    config = config.replace(simulation={"threads": options.threads})
+    config = config.replace(
+        simulation={"threads": options.threads}, serve={"name": options.publish}
+    )
     folder = demo.free_folder(options.out)
     steps = demo.planned_steps(config, config.data.participants)
     with Display(console, steps) as display:

@@ -8,17 +8,15 @@ and are checked by `strategies.registry`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import math
 import tomllib
-import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
+from .config_values import checked, nearest
 from .errors import ConfigError
 
 FORMAT = 1
@@ -170,6 +168,27 @@ class CoordinatorConfig:
 
 
 @dataclass(frozen=True)
+class ServeConfig:
+    """Where a run's adapters are published, and what one has to pass before it is served."""
+
+    name: str = _key("", 'publish as NAME or TENANT/NAME in the registry ("": publish nothing)')
+    registry: str = _key("", 'its folder ("": where `meadow adapters` looks, beside the key)')
+    publish_every: int = _key(0, "publish every so many rounds, and at the end (0: only then)", 0)
+    alias: str = _key("prod", 'the alias that then moves, if the gates pass ("": none)')
+    max_loss_increase: float = _key(0.0, "by so much the held-out loss may get worse", 0)
+    dtype: Literal["", "float32", "bfloat16"] = _key("", 'precision it is served in ("": [model])')
+    quantize: Literal["", "none", "4bit", "8bit"] = _key("", 'as it is served ("": [model])')
+    held_out: str = _key("", 'rows to measure it anew on, as it is served ("": the run\'s losses)')
+    canaries: str = _key("", 'prompts whose answers have to pass, TOML or JSON lines ("": none)')
+
+    def due(self, number: int, count: int) -> bool:
+        """Whether the adapter after round `number` of `count` is published."""
+        if not self.name or not number:
+            return False
+        return number == count or bool(self.publish_every) and number % self.publish_every == 0
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -181,21 +200,27 @@ class Config:
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     peer: PeerConfig = field(default_factory=PeerConfig)
     coordinator: CoordinatorConfig = field(default_factory=CoordinatorConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
 
     @property
     def scaling(self) -> float:
         return self.model.alpha / self.model.rank
 
     def digest(self) -> str:
-        """SHA-256 of all settings: a run's folder refuses to continue under another."""
-        canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        """SHA-256 of all settings that shape a run: its folder refuses to continue under another.
+        Where its adapters are published may change."""
+        tables = dataclasses.asdict(self)
+        del tables["serve"]
+        canonical = json.dumps(tables, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def shared(self) -> Config:
         """What all participants of a deployed run have in common, and approve: everything but
-        where text lies and where the coordinator is reached."""
+        where text lies, where the coordinator is reached, and where it publishes."""
         common = self.replace(data={"source": ""})
-        return dataclasses.replace(common, peer=PeerConfig(), coordinator=CoordinatorConfig())
+        return dataclasses.replace(
+            common, peer=PeerConfig(), coordinator=CoordinatorConfig(), serve=ServeConfig()
+        )
 
     def replace(self, **sections: Mapping[str, Any]) -> Config:
         """A copy with some keys of some sections changed: `replace(clients={"lr": 1e-3})`."""
@@ -204,6 +229,11 @@ class Config:
             for name, keys in sections.items()
         }
         return dataclasses.replace(self, **changed)
+
+
+def precision(dtype: str, quantize: str) -> str:
+    """What a base computes in, in one word: "float32", "bfloat16+4bit"."""
+    return dtype if quantize == "none" else f"{dtype}+{quantize}"
 
 
 def load(path: Path) -> Config:
@@ -249,7 +279,7 @@ def _built(tables: Mapping[str, Any], name: str) -> Config:
     built = {}
     for section, keys in tables.items():
         if section not in sections:
-            raise ConfigError(f"{name}: unknown section [{section}]", _nearest(section, sections))
+            raise ConfigError(f"{name}: unknown section [{section}]", nearest(section, sections))
         if not isinstance(keys, dict):
             raise ConfigError(f"{name}: {section} must be a section, [{section}]")
         built[section] = _section(section, keys, name)
@@ -266,53 +296,11 @@ def _section(section: str, keys: dict[str, Any], name: str) -> Any:
     values = {}
     for key, value in keys.items():
         if key not in known:
-            raise ConfigError(f"{name}: unknown key {key} in [{section}]", _nearest(key, known))
+            raise ConfigError(f"{name}: unknown key {key} in [{section}]", nearest(key, known))
         where = f"{name}: [{section}] {key}"
         bounds = known[key].metadata
         values[key] = checked(value, hints[key], where, bounds.get("least"), bounds.get("most"))
     return kind(**values)
-
-
-def checked(
-    value: Any, hint: Any, where: str, least: float | None = None, most: float | None = None
-) -> Any:
-    """`value` as the type `hint` (int widens to float), or ConfigError at `where`.
-
-    `least` and `most` bound a number; what a list or a table holds is checked by its own type.
-    """
-    if hint is Any:
-        return value
-    origin = get_origin(hint)
-    if origin is Literal:
-        if value not in get_args(hint):
-            choices = ", ".join(repr(choice) for choice in get_args(hint))
-            raise ConfigError(f"{where} is {value!r}", f"one of {choices}")
-        return value
-    if origin in (Union, types.UnionType):
-        inner = [kind for kind in get_args(hint) if kind is not type(None)]
-        return checked(value, inner[0], where, least, most)
-    kind = origin or hint
-    if kind is float and type(value) is int and abs(value) < 2**53:
-        value = float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(f"{where} is {value!r}", f"expected {kind.__name__}")
-    if kind is float and not math.isfinite(value):
-        raise ConfigError(f"{where} is {value!r}", "expected a finite number")
-    if kind is list:
-        return [checked(item, get_args(hint)[0], where) for item in value]
-    if kind is dict:
-        part = get_args(hint)[1]
-        return {key: checked(item, part, f"{where}.{key}") for key, item in value.items()}
-    if least is not None and not value >= least:
-        raise ConfigError(f"{where} is {value!r}", f"at least {least:g}")
-    if most is not None and not value <= most:
-        raise ConfigError(f"{where} is {value!r}", f"at most {most:g}")
-    return value
-
-
-def _nearest(word: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.4)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
 
 
 def _absolute(config: Config, folder: Path) -> Config:
@@ -335,6 +323,11 @@ def _absolute(config: Config, folder: Path) -> Config:
         key: str((folder / value).resolve())
         for key, value in (("certificate", own.certificate), ("key", own.key))
         if value and (folder / value).exists()
+    }
+    changed["serve"] = {
+        key: str((folder / value).resolve())
+        for key in ("registry", "held_out", "canaries")
+        if (value := getattr(config.serve, key))
     }
     return config.replace(**changed)
 

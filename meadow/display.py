@@ -94,6 +94,9 @@ class Display:
             self._say(f"round {event.round}: {data['client']} answered too late and is left out")
         elif event.kind == "notice":
             self._say(data["text"])
+        elif event.kind == "published":
+            at = f"; {data['alias']} points to it" if data["alias"] else ""
+            self._say(f"published {data['version']}{at}")
         elif event.kind == "run_started":
             cut = {name: rows for name, rows in data.get("truncated", {}).items() if rows}
             if cut:

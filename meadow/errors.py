@@ -19,6 +19,7 @@
     ├── RegistryError        a version, alias or signer that does not allow what is asked
     │   ├── UnknownAdapterError   no such adapter, version or alias
     │   └── PromotionError   a gate refuses a version; `reasons` say why
+    ├── ReplicaError         a server that adapters are published to: away, or it refuses
     ├── PolicyError          a request that a participant's policy does not allow
     └── TrainerError         the resident trainer does not run, or refuses
 
@@ -135,6 +136,15 @@ class PromotionError(RegistryError):
     def __init__(self, message: str, reasons: Sequence[str], hint: str = "") -> None:
         super().__init__(f"{message}: {'; '.join(reasons)}", hint)
         self.reasons = tuple(reasons)
+
+
+class ReplicaError(MeadowError):
+    """A server that adapters are published to cannot be reached, or refuses."""
+
+    def __init__(self, message: str, hint: str = "", status: int = 0) -> None:
+        """`status` is HTTP's; 0 where there was no answer."""
+        super().__init__(message, hint)
+        self.status = status
 
 
 class PolicyError(MeadowError):

@@ -1,8 +1,8 @@
 """The one event schema: what metrics files, progress displays and dashboards read.
 
 An event is a kind, a round and plain JSON data.  Kinds: run_started, round_opened, contribution,
-refused, late, round_closed, run_finished, notice; of a peer without a coordinator: listening,
-record (its round is the sequence number), measured, notice.
+refused, late, round_closed, published, run_finished, notice; of a peer without a coordinator:
+listening, record (its round is the sequence number), measured, notice.
 """
 
 from __future__ import annotations

@@ -50,7 +50,10 @@ class Provenance:
     participants: int  # counted, not named
     seed: int
     base_loss: float | None = None  # mean over all participants' held-out response tokens
-    loss: float | None = None  # the same, after the last round
+    loss: float | None = None  # the same, after these rounds
+    dtype: str = ""  # precision in which those two were measured: "float32", "bfloat16+4bit"; "": ?
+    held_out_rows: int | None = None  # on which they were measured; None where nobody knows them
+    held_out_digest: str = ""  # of these rows' tokens; equal digests are equal rows
     parents: tuple[str, ...] = ()  # `SignedAdapter.id` of the adapters that this run started from
     evaluations: Mapping[str, float] = field(default_factory=dict)  # mean loss by a test's name
     privacy: str = "none"  # what was spent; "none": no differential privacy is claimed
@@ -146,6 +149,7 @@ def _is_number(value: Any) -> bool:
 _HAS_TYPE: dict[str, Callable[[Any], bool]] = {
     "str": lambda value: isinstance(value, str),
     "int": lambda value: type(value) is int,
+    "int | None": lambda value: value is None or type(value) is int,
     "float | None": lambda value: value is None or _is_number(value),
     "tuple[str, ...]": lambda value: (
         isinstance(value, list) and all(isinstance(item, str) for item in value)

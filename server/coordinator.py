@@ -77,9 +77,11 @@ class Coordinator:
         peers: Peers,
         transforms: Sequence[Transform] = (),
         observer: Observer = lambda event: None,
+        closed: Callable[[int, State], None] = lambda number, state: None,
     ) -> None:
+        """`closed` is told the number and the state of each round once it is in the journal."""
         self.config, self.strategy, self.journal, self.peers = config, strategy, journal, peers
-        self.transforms, self.observer = transforms, observer
+        self.transforms, self.observer, self.closed = transforms, observer, closed
         self._header = {"run": journal.run_id, "config": config.shared().digest()}
         self.state = self._resume()
 
@@ -162,6 +164,7 @@ class Coordinator:
         self.journal.close_round(number, pack_state(self.state), metrics)
         self.journal.prune(KEPT_ROUNDS)
         self.observer(Event("round_closed", number, metrics))
+        self.closed(number, self.state)
 
     def _step(self, total: Update, turn: Turn) -> None:
         """The next state; finite updates whose combination is not leave the state as it was."""

@@ -29,6 +29,7 @@ from ..peft_adapters.blueprint import Blueprint, check_shape
 from ..store import Disk, explained
 from ..strategies.registry import strategy_of
 from ..terms import draft, fields_of
+from .publishing import check_serve
 from .run_folder import environment
 
 _RESTORE = "restore it from a backup, or install the meadow that wrote it"
@@ -172,6 +173,7 @@ def check_deployable(config: Config, blueprint: Blueprint) -> None:
     strategy = strategy_of(config)
     strategy.check_clients(config.clients)
     check_shape(config.model.rank, blueprint.layers, strategy.integers)
+    check_serve(config)
     if config.simulation.engine != "sequential":
         raise ConfigError(
             '[simulation] engine = "fused" is for one machine', 'take engine = "sequential"'

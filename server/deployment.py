@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -21,15 +21,16 @@ from ..errors import QuorumError
 from ..events import Event, Observer
 from ..journal import Journal
 from ..peft_adapters.blueprint import Blueprint, open_blueprint
-from ..peft_adapters.manifest import write_manifest
 from ..store import Disk, locked
 from ..strategies.registry import strategy_of
 from ..strategies.transforms import make_transforms
 from .app import GridPeers, Nodes
 from .coordinator import KEPT_ROUNDS, Coordinator, Peers
 from .coordinator_home import CoordinatorHome, run_identity
+from .publishing import Publishing, open_publishing
 from .roster import Note, Roster
-from .run_folder import provenance, traces
+from .run_folder import traces
+from .run_output import RunOutput
 
 POLL_SECONDS = 0.2
 _APPROVED = "approved"
@@ -61,8 +62,13 @@ def serve(folder: Path, peers_of: PeersOf, sleep: Callable[[float], None] = time
         for notice in journal.notices:
             observer(Event("notice", 0, {"text": notice}))
         inbox = Inbox(roster, journal, observer)
-        run = DeployedRun(home, config, blueprint, journal, peers, inbox, observer, disk, sleep)
-        run.finish(run.rounds())
+        publishes = open_publishing(config, blueprint, home.identity(), observer, disk)
+        with publishes or nullcontext() as publishing:
+            run = DeployedRun(
+                *(home, config, blueprint, journal, peers, inbox, observer, disk, sleep),
+                publishing,
+            )
+            run.finish(run.rounds())
 
 
 class DeployedRun:
@@ -79,11 +85,16 @@ class DeployedRun:
         observer: Observer,
         disk: Disk,
         sleep: Callable[[float], None] = time.sleep,
+        publishing: Publishing | None = None,
     ) -> None:
         self.home, self.config, self.blueprint = home, config, blueprint
         self.journal, self.peers, self.inbox, self.observer = journal, peers, inbox, observer
         self.disk, self.sleep = disk, sleep
         self.strategy = strategy_of(config, blueprint.layers, blueprint.digest)
+        self.output = RunOutput(
+            *(config, home.run, self.strategy, blueprint, journal, home.identity()),
+            *(publishing, disk),
+        )
 
     def rounds(self) -> Coordinator:
         """All rounds that are left."""
@@ -97,21 +108,18 @@ class DeployedRun:
             self.peers,
             make_transforms(clients.clip_update, clients.wire),
             self.observer,
+            self.output.settle,
         )
+        self.output.settle(coordinator.rounds_done, coordinator.state)
         while coordinator.rounds_done < self.config.rounds.count:
             self._round(coordinator)
         return coordinator
 
     def finish(self, coordinator: Coordinator) -> None:
-        """Write the adapter, its manifest and, last, that the run is finished."""
+        """Write and publish the adapter with its manifest and, last, that the run is finished."""
         self.inbox.read()
-        config, journal, folder = self.config, self.journal, self.home.run
-        tree = self.strategy.export(coordinator.state)
-        self.blueprint.export(config, tree, folder / "adapter", journal.run_id, self.disk)
-        known = len(journal.get("joined") or {})
-        facts = provenance(config, self.blueprint.digest, known, self.strategy.personal, journal)
-        write_manifest(folder, self.home.identity(), facts, self.disk)
-        count = config.rounds.count
+        self.output.finish(coordinator.state)
+        folder, count = self.home.run, self.config.rounds.count
         self.observer(Event("run_finished", count, {"adapter": str(folder / "adapter")}))
         self.disk.write(self.home.finished, json.dumps({"rounds": count}).encode())
 

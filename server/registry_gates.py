@@ -1,7 +1,7 @@
 """Gates: what a version must pass before an alias moves to it.
 
 A gate compares a candidate with what the alias points to now.  These look at what the signed
-manifests state, and cost nothing; a server can add one that measures in its own precision.
+manifests state, and cost nothing; `MeasuredGate` measures anew, as a version is served.
 """
 
 from __future__ import annotations
@@ -52,12 +52,14 @@ class Gate(Protocol):
 class LossGate:
     """Held-out loss, as the manifests state it, must not get worse by more than `max_increase`.
 
-    Only losses over the same rows are compared: tests of one name, or run losses whose base had
-    the same loss.  What was never measured, or on no common rows, is refused.  Nor may a
-    candidate be worse than its own base.
+    Only losses over the same rows are compared: tests of one name, or run losses over rows of one
+    digest, or, where a manifest states none, whose base had the same loss.  What was never
+    measured, or on no common rows, is refused.  Nor may a candidate be worse than its own base.
+    With `dtype`, a loss that was measured in another precision does not count.
     """
 
     max_increase: float = 0.0
+    dtype: str = ""
 
     def check(self, candidate: Checked, current: Checked | None) -> Verdict:
         pairs = _bounds(candidate.provenance, None if current is None else current.provenance)
@@ -66,6 +68,9 @@ class LossGate:
             for name, (loss, bound) in pairs.items()
             if not loss <= bound + self.max_increase
         ]
+        measured = candidate.provenance.dtype
+        if self.dtype and measured not in ("", self.dtype):
+            reasons.append(f"its loss was measured in {measured}, it is served in {self.dtype}")
         if not _losses(candidate.provenance):
             reasons.append("its manifest states no held-out loss")
         elif current is not None and not any(name.endswith(_NOW) for name in pairs):
@@ -136,6 +141,10 @@ def _losses(provenance: Provenance) -> dict[str, float]:
 
 
 def _same_rows(new: Provenance, old: Provenance) -> bool:
-    if new.base_loss is None or old.base_loss is None or new.base_digest != old.base_digest:
+    if new.base_digest != old.base_digest:
+        return False
+    if new.held_out_digest and old.held_out_digest:
+        return (new.held_out_digest, new.dtype) == (old.held_out_digest, old.dtype)
+    if new.base_loss is None or old.base_loss is None:
         return False
     return math.isclose(new.base_loss, old.base_loss, rel_tol=_SAME_ROWS)

@@ -75,7 +75,17 @@ def needed(rows: Rows, retention: Retention, now: float) -> set[str]:
         place = alias.name, alias.alias
         ids |= {entry.after for entry in rows.last_moves(*place, retention.history)}
         ids |= {entry.after for entry in rows.chain(alias.revision, retention.history + 1)}
-    return _with_ancestors(ids, rows.parents())
+    return _with_ancestors(ids, _started_from(rows))
+
+
+def _started_from(rows: Rows) -> dict[str, set[str]]:
+    """What each version was trained from, but for earlier rounds of its own run: each of those is
+    whole in itself, and a run may have thousands."""
+    run_of = {version.id: version.facts["run_id"] for version in rows.versions()}
+    return {
+        id: {parent for parent in parents if run_of.get(parent) != run_of.get(id)}
+        for id, parents in rows.parents().items()
+    }
 
 
 def _with_ancestors(ids: set[str], parents: dict[str, set[str]]) -> set[str]:

@@ -17,8 +17,8 @@ from typing import Generic, Protocol, TypeVar
 PATIENCE = 4.0
 """Seconds that one reply may take before the others are looked at."""
 MOST_SLOW = 2
-"""Replies that may come slowly at a time: what they have so far is in memory, whatever the number of
-participants.  Those behind them wait, for three minutes of silence at most."""
+"""Replies that may come slowly at a time: what they have so far is in memory, however many are to
+come.  Those behind them wait, for three minutes of silence at most."""
 
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..config import Config
+from ..config import Config, precision
 from ..events import Event, EventLog, Observer, tee
 from ..journal import Journal
 from ..peft_adapters.manifest import Provenance
@@ -36,22 +37,39 @@ def traces(journal: Journal, folder: Path, disk: Disk) -> Iterator[Observer]:
         log.close()
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """The rows on which a run's losses are measured, as far as who runs it knows them."""
+
+    rows: int | None = None
+    digest: str = ""
+
+
 def provenance(
-    config: Config, base_digest: str, participants: int, personal: bool, journal: Journal
+    config: Config,
+    base_digest: str,
+    participants: int,
+    personal: bool,
+    journal: Journal,
+    number: int,
+    held_out: HeldOut,
 ) -> Provenance:
-    """What the manifest says of a run."""
-    rows = journal.metrics()
+    """What the manifest says of a run after the round `number`."""
+    rows = {row["round"]: row for row in journal.metrics()}
     return Provenance(
         run_id=journal.run_id,
         base_digest=base_digest,
         config_digest=config.digest(),
         strategy=config.strategy.name,
-        rounds=config.rounds.count,
+        rounds=number,
         participants=participants,
         seed=config.rounds.seed,
         base_loss=rows[0].get("loss"),
         # the losses of personal adapters are not those of the shared one
-        loss=None if personal else rows[-1].get("loss"),
+        loss=None if personal else rows[number].get("loss"),
+        dtype=precision(config.model.dtype, config.model.quantize),
+        held_out_rows=held_out.rows,
+        held_out_digest=held_out.digest,
     )
 
 

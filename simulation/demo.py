@@ -20,6 +20,7 @@ from typing import Any
 from ..config import Config
 from ..errors import MeadowError
 from ..events import Observer
+from ..peft_adapters.adapter_reader import load_adapter
 from ..store import Disk
 from . import baselines
 from .engine import Lab, Progress, Result, open_lab, simulate
@@ -116,9 +117,10 @@ def sample(lab: Lab, result: Result, tokens: int = 48) -> dict[str, str]:
     """How base and federated model go on from the same unseen text."""
     person = max(lab.participants, key=lambda person: len(person.held_out))
     prompt = max(person.held_out, key=lambda example: len(example.ids)).ids[:40]
+    tree = lab.bench.tree(load_adapter(result.adapter, sites=lab.layers))
     return {
         "participant": person.name,
         "prompt": lab.base.tokenizer.decode(prompt, skip_special_tokens=True),
-        "before": complete(lab, None, prompt, tokens),
-        "after": complete(lab, result.adapter, prompt, tokens),
+        "before": complete(lab.bench, None, prompt, tokens),
+        "after": complete(lab.bench, tree, prompt, tokens),
     }

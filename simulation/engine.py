@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import torch
 from flwr.app import Context, RecordDict
 
 from .. import __version__
@@ -35,13 +35,14 @@ from ..peft_adapters.adapter_reader import load_adapter
 from ..peft_adapters.bank import Bank
 from ..peft_adapters.base_model import Base
 from ..peft_adapters.blueprint import check_shape
-from ..peft_adapters.layout import FACTORS, Site
-from ..peft_adapters.manifest import Provenance, write_manifest
+from ..peft_adapters.layout import Site
 from ..peft_adapters.pool_size import warnings_of
 from ..server.app import GridPeers
 from ..server.app import build as build_server_app
 from ..server.coordinator import Coordinator
-from ..server.run_folder import environment, provenance, traces
+from ..server.publishing import open_publishing
+from ..server.run_folder import HeldOut, environment, traces
+from ..server.run_output import RunOutput
 from ..store import Disk
 from ..strategies.base import Answer, Loss, Request, Strategy
 from ..strategies.registry import strategy_of
@@ -85,6 +86,13 @@ class Lab:
                 for row in rows:
                     digest.update(json.dumps([row.ids.tolist(), row.labels.tolist()]).encode())
         return digest.hexdigest()
+
+    def held_out(self) -> HeldOut:
+        """The rows that everybody's losses are measured on: how many, and SHA-256 of their tokens
+        in an order of their own."""
+        rows = [row for person in self.participants for row in person.held_out]
+        parts = sorted(json.dumps([row.ids.tolist(), row.labels.tolist()]) for row in rows)
+        return HeldOut(len(rows), hashlib.sha256("\n".join(parts).encode()).hexdigest())
 
     def strategy(self, config: Config) -> Strategy:
         return strategy_of(config, self.layers, self.base.digest)
@@ -222,23 +230,29 @@ def _run(
     grid = LocalGrid(build_client_app(lambda node: members[node - 1]), len(members), group, meeting)
 
     def main(peers: GridPeers) -> None:
-        coordinator = Coordinator(config, strategy, journal, peers, transforms, observer)
+        coordinator = Coordinator(
+            config, strategy, journal, peers, transforms, observer, output.settle
+        )
+        output.settle(coordinator.rounds_done, coordinator.state)
         state = coordinator.run()
-        run_id, blueprint = journal.run_id, lab.bench.blueprint
-        blueprint.export(config, strategy.export(state), folder / "adapter", run_id, disk)
-        write_manifest(folder, signer, _provenance(config, lab, journal), disk)
+        output.finish(state)
         for member in members if strategy.personal else ():
             sent = strategy.broadcast(state, coordinator.turn(config.rounds.count))
             own = member.own(sent, coordinator.turn(config.rounds.count, client=member.name))
-            blueprint.export(
-                config, own.adapter, personal_folder(folder, member.name), run_id, disk
-            )
+            place = personal_folder(folder, member.name)
+            lab.bench.blueprint.export(config, own.adapter, place, journal.run_id, disk)
 
     def groups(cohort: Sequence[str]) -> list[list[str]]:
         return [list(cohort[start : start + group]) for start in range(0, len(cohort), group)]
 
     nodes = {member.name: node for node, member in enumerate(members, 1)}
-    build_server_app(main, lambda: nodes, groups)(grid, Context(1, 0, {}, RecordDict(), {}))
+    publishes = open_publishing(config, lab.bench.blueprint, signer, observer, disk)
+    with publishes or nullcontext() as publishing:
+        output = RunOutput(
+            *(config, folder, strategy, lab.bench.blueprint, journal, signer),
+            *(publishing, disk, lab.held_out()),
+        )
+        build_server_app(main, lambda: nodes, groups)(grid, Context(1, 0, {}, RecordDict(), {}))
     observer(Event("run_finished", config.rounds.count, {"adapter": str(folder / "adapter")}))
 
 
@@ -257,26 +271,13 @@ def measure(lab: Lab, config: Config, adapter: Path) -> dict[str, Any]:
 
     Raises AdapterError for an adapter that is malformed, not finite or made for other layers.
     """
-    loaded = load_adapter(adapter, sites=lab.layers)
-    blank = {
-        f"{site.name}.{factor}": torch.zeros(site.shape(factor, loaded.rank))
-        for site in lab.layers
-        for factor in FACTORS
-    }
-    rescaled = blank | {
-        name: tensor * (loaded.scaling / lab.bank.scaling) if name.endswith("lora_B") else tensor
-        for name, tensor in loaded.tree.items()
-    }
+    adapted = lab.bench.tree(load_adapter(adapter, sites=lab.layers))
+    blank = lab.bench.blank()
     trainer, losses, sums, tokens = lab.trainer(config), {}, [0.0, 0.0], 0
     for person in lab.participants:
         if person.held_out:
-            found = [trainer.loss(Loss(tree), person.held_out) for tree in (blank, rescaled)]
+            found = [trainer.loss(Loss(tree), person.held_out) for tree in (blank, adapted)]
             losses[person.name] = [answer.loss for answer in found]
             tokens += found[0].tokens
             sums = [total + f.loss * f.tokens for total, f in zip(sums, found, strict=True)]
     return {"base_loss": sums[0] / tokens, "loss": sums[1] / tokens, "losses": losses}
-
-
-def _provenance(config: Config, lab: Lab, journal: Journal) -> Provenance:
-    personal = lab.strategy(config).personal
-    return provenance(config, lab.base.digest, len(lab.participants), personal, journal)

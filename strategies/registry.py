@@ -7,7 +7,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
 
-from ..config import Config, checked
+from ..config import Config
+from ..config_values import checked
 from ..errors import ConfigError
 from ..peft_adapters.layout import Site
 from .base import Strategy

@@ -25,6 +25,7 @@ FREE = (
     "meadow/cli_client.py",
     "meadow/cli_peer.py",
     "meadow/cli_simulate.py",
+    "meadow/cli_publish.py",
 )  # may import all, and print
 FLOWER = {
     "client/app.py": {"flwr.app", "flwr.clientapp"},

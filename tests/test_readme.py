@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 
+from meadow.identity import Identity
 from meadow.processes import free_port
+from meadow.server.registry import Registry
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -133,10 +135,14 @@ def test_a_deployment_following_the_readme_only(tmp_path: Path) -> None:
         machines.finish("operator", status)
         assert coordinator.wait(300) == 0, machines.said(coordinator)
     assert (tmp_path / "operator/coordinator/run/adapter/adapter_model.safetensors").is_file()
+    operator = Identity.load_or_create(tmp_path / "operator/home/identity.pem")
+    with Registry.open(tmp_path / "operator/home/registry", operator) as registry:
+        assert registry.verify("mail@v1").provenance.participants == 1
+    assert not (tmp_path / "participant/home/registry").exists()
 
 
 def _shorten(path: Path) -> None:
-    """What the README says in words, on a machine of its own and with less work."""
+    """What the README says in words, on a machine of its own and with less work; it publishes."""
     text = path.read_text()
     address = f"127.0.0.1:{free_port()}"
     for old, new in (
@@ -146,6 +152,7 @@ def _shorten(path: Path) -> None:
         ("\ncount = 10 ", "\ncount = 1 "),
         ("\nsteps = 10 ", "\nsteps = 1 "),
         ("max_length = 256 ", "max_length = 32 "),
+        ('\nname = ""', '\nname = "mail"'),
     ):
         assert old in text, old
         text = text.replace(old, new)

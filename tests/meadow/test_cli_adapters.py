@@ -18,6 +18,7 @@ from meadow.config import ModelConfig
 from meadow.errors import ConfigError, IdentityError, MeadowError, PromotionError, RegistryError
 from meadow.identity import own_identity
 from meadow.peft_adapters.blueprint import open_blueprint
+from meadow.server import measured_gate
 
 Do = Callable[..., Any]
 
@@ -77,6 +78,36 @@ def test_gates_refuse_and_can_be_overruled(do: Do) -> None:
     with pytest.raises(PromotionError, match="that is a rollback"):
         do("promote", "mail@v1")
     do("promote", "mail@v1", "--force", "--why", "the fire drill")
+
+
+def test_it_is_measured_as_it_is_served(
+    do: Do, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked, and that the answers decide; test_measure_versions has what answers."""
+    asked: list[Any] = []
+
+    def measure(question: Any) -> Any:
+        asked.append(question)
+        answers = ["no"] if question["canaries"] else []
+        return {"rows": 1, "base_loss": 9.0, "versions": [{"loss": 9.5, "answers": answers}]}
+
+    monkeypatch.setattr(measured_gate, "in_own_process", measure)
+    rows, canaries = tmp_path / "rows.jsonl", tmp_path / "canaries.toml"
+    rows.write_text('{"text": "a"}\n')
+    canaries.write_text('[[canary]]\nprompt = "Ready?"\ncontains = "yes"\n')
+    do("publish", run_of(1), "mail")
+    with pytest.raises(ConfigError, match="need --base"):
+        do("promote", "mail@v1", "--canaries", canaries)
+    how = ("--base", "nano", "--dtype", "bfloat16", "--quantize", "4bit")
+    with pytest.raises(PromotionError, match=r"9\.5000 .*than 9\.0000.*'Ready\?' was"):
+        do("promote", "mail@v1", "--held-out", rows, "--canaries", canaries, *how)
+    (question,) = asked
+    assert (question["base"], question["dtype"], question["quantize"]) == (how[1], how[3], how[5])
+    assert (question["held_out"], question["canaries"]) == (str(rows), str(canaries))
+    assert do("promote", "mail@v1", "--held-out", rows, "--max-increase", "0.5", *how)
+    assert len(asked) == 2
+    do("promote", "mail@v1", "--alias", "canary", "--canaries", canaries, *how, "--force")
+    assert len(asked) == 2, "without any gate"
 
 
 def test_what_others_wrote_is_shown_as_it_is(

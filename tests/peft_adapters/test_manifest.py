@@ -35,6 +35,9 @@ PROVENANCE = Provenance(
     loss=1.25,
     parents=("de" * 32,),
     evaluations={"canary": 0.5},
+    dtype="bfloat16",
+    held_out_rows=12,
+    held_out_digest="4e" * 32,
     name="team/mail",
 )
 ME = Identity(Ed25519PrivateKey.from_private_bytes(b"\1" * 32))
@@ -84,6 +87,7 @@ def test_it_states_the_provenance_and_nothing_else(run: Path) -> None:
         "strategy": "ffa_lora", "rounds": 3, "participants": 4, "seed": 7,
         "base_loss": 2.5, "loss": 1.25, "parents": ["de" * 32],
         "evaluations": {"canary": 0.5}, "privacy": "none", "name": "team/mail",
+        "dtype": "bfloat16", "held_out_rows": 12, "held_out_digest": "4e" * 32,
     }  # fmt: skip
 
 

@@ -159,6 +159,7 @@ def test_it_runs_as_long_as_its_lock_is_held(tmp_path: Path) -> None:
         ({"simulation": {"engine": "fused"}}, "is for one machine"),
         ({"strategy": {"name": "fedavg"}}, "fedavg"),
         ({"model": {"rank": 500}}, "rank = 500"),
+        ({"serve": {"name": "mail", "dtype": "bfloat16"}}, "it is served in bfloat16"),
     ],
 )
 def test_what_cannot_be_deployed_is_said_before_anyone_is_invited(

@@ -31,6 +31,8 @@ from meadow.peft_adapters.manifest import verify_manifest
 from meadow.server.coordinator import Refusal
 from meadow.server.coordinator_home import CoordinatorHome, run_identity
 from meadow.server.deployment import DeployedRun, Inbox, nodes_of, serve
+from meadow.server.publishing import Publishing, open_publishing
+from meadow.server.registry import Registry
 from meadow.server.roster import Roster
 from meadow.simulation.engine import Lab, simulate
 from meadow.strategies.registry import strategy_of
@@ -97,6 +99,7 @@ class Stage:
     events: list[Event] = field(default_factory=list)
     slept: list[float] = field(default_factory=list)
     on_sleep: Callable[[int], None] = lambda count: None
+    publishing: Publishing | None = None
 
     def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
@@ -108,7 +111,7 @@ class Stage:
         base = blueprint(self.config.model.base)
         return DeployedRun(
             self.home, self.config, base, self.journal, self.people, inbox,
-            self.events.append, Quick(), self.sleep,
+            self.events.append, Quick(), self.sleep, self.publishing,
         )  # fmt: skip
 
     def told(self) -> list[str]:
@@ -162,6 +165,33 @@ def test_it_ends_with_the_local_engines_adapter_bit_for_bit(
     statement = verify_manifest(stage.home.run, trusted)
     assert statement["predicate"]["participants"] == 3
     assert stage.kinds()[-1] == ("run_finished", 2) and stage.told() == []
+
+
+def test_it_publishes_as_it_goes_and_what_a_crash_left_out(stage: Stage, tmp_path: Path) -> None:
+    """Killed between a round's end and its publication; the round is not made again."""
+    serve = {"name": "mail", "registry": str(tmp_path / "r"), "publish_every": 1}
+    stage.config = stage.config.replace(serve={**serve, "max_loss_increase": 100.0})
+    base = blueprint(stage.config.model.base)
+
+    def opened() -> Publishing:
+        found = open_publishing(stage.config, base, OPERATOR, stage.events.append, Quick())
+        assert found is not None
+        return found
+
+    with opened() as stage.publishing, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage.publishing, "publish", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            stage.run().rounds()
+    with opened() as stage.publishing:
+        stage.finish()
+    with Registry.open(tmp_path / "r", OPERATOR) as registry:
+        first, second = (registry.verify(version).provenance for version in registry.versions())
+        assert registry.resolve("mail").number == 2
+        assert second.parents == (registry.resolve("mail@v1").id,)
+    assert (first.rounds, second.rounds) == (1, 2)
+    assert (first.held_out_rows, first.held_out_digest, first.dtype) == (None, "", "float32")
+    assert [verb for verb, _ in stage.people.asked].count("train") == 2
+    assert [kind for kind, _ in stage.kinds()][-3:] == ["round_closed", "published", "run_finished"]
 
 
 # --- waiting -------------------------------------------------------------------------------------
@@ -357,8 +387,9 @@ def test_only_the_approved_are_asked(stage: Stage) -> None:
 def test_serving_claims_the_run_and_leaves_its_traces(
     tiny: Config, lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "c"
-    with opened(folder, tiny, lab) as stage:
+    folder, registry_folder = tmp_path / "c", tmp_path / "registry"
+    config = tiny.replace(serve={"name": "mail", "registry": str(registry_folder), "alias": ""})
+    with opened(folder, config, lab) as stage:
         home, run_id = stage.home, stage.journal.run_id
     claims: list[bool] = []
 
@@ -367,7 +398,7 @@ def test_serving_claims_the_run_and_leaves_its_traces(
         late("max")
         with pytest.raises(JournalError, match="its server app runs already"):
             serve(folder, peers_of)
-        return People(lab, tiny, folder, run_id)
+        return People(lab, config, folder, run_id)
 
     serve(folder, peers_of)
     assert claims == [True] and not is_held(home.server_app_lock) and not home.server_app.exists()
@@ -376,4 +407,6 @@ def test_serving_claims_the_run_and_leaves_its_traces(
     assert rows[1]["kind"] == "run_started" and rows[-1]["kind"] == "run_finished"
     metrics = (home.run / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in metrics] == [0, 1, 2]
-    assert dataclasses.asdict(home.config()) == dataclasses.asdict(tiny)
+    assert dataclasses.asdict(home.config()) == dataclasses.asdict(config)
+    with Registry.open(registry_folder, home.identity()) as registry:
+        assert registry.verify("mail@v1").provenance.run_id == run_id

@@ -99,6 +99,19 @@ def test_what_a_kept_version_descends_from_stays(registry: Registry, tmp_path: P
     assert (left(registry), left(registry, "other")) == ([3], [1, 2])
 
 
+def test_earlier_rounds_of_the_same_run_go(registry: Registry, tmp_path: Path) -> None:
+    """A run that publishes each round does not keep all for ever; what it started from stays."""
+    parents = (adapter(3).id,)
+    for number in (10, 11, 12):
+        run = write_run(tmp_path / str(number), number, run_id="a", rounds=number, parents=parents)
+        parents = (publish_run(registry, run, "other").id,)
+        if number == 10:
+            registry.promote("other@v1", "first")
+    registry.promote("other@v3")
+    registry.collect(Retention(0, -1.0))
+    assert (left(registry), left(registry, "other")) == ([3], [1, 3])
+
+
 def test_a_content_of_two_names_goes_when_neither_needs_it(registry: Registry) -> None:
     registry.keep("copy", adapter(1))
     registry.promote("copy@v1")

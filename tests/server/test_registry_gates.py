@@ -46,6 +46,22 @@ def test_losses_of_other_rows_are_not_compared() -> None:
     assert not LossGate().check(checked(2), other).passed
 
 
+def test_rows_of_one_digest_are_the_same_rows() -> None:
+    same = {"held_out_digest": "d", "dtype": "float32"}
+    old = checked(1, base_loss=2.5, **same)
+    assert LossGate().check(checked(2, base_loss=2.6, **same), old).passed
+    for other in ({"held_out_digest": "e"}, {"held_out_digest": "d", "dtype": "bfloat16"}):
+        verdict = LossGate(9.0).check(checked(2, **{**same, **other}), old)
+        assert verdict.reasons == ("it and mail@v1 were not measured on the same rows",)
+
+
+def test_a_loss_in_another_precision_does_not_count() -> None:
+    verdict = LossGate(9.0, "bfloat16").check(checked(dtype="float32"), None)
+    assert verdict.reasons == ("its loss was measured in float32, it is served in bfloat16",)
+    assert LossGate(9.0, "bfloat16").check(checked(dtype="bfloat16"), None).passed
+    assert LossGate(9.0, "bfloat16").check(checked(), None).passed, "an older manifest says nothing"
+
+
 def test_a_test_of_one_name_is_compared() -> None:
     old = checked(1, base_loss=None, evaluations={"triage": 1.0, "letters": 2.0})
     same = {"base_loss": 9.0, "loss": 3.0}

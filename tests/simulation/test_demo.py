@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from meadow.cli import main
+from meadow.identity import own_identity
 from meadow.peft_adapters.servable import check_servable
+from meadow.server.registry import Registry, default_folder
 from meadow.simulation import baselines, demo
 
 
@@ -16,9 +18,8 @@ def test_the_quick_demo_tells_the_whole_story(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report_file = tmp_path / "report.json"
-    assert (
-        main(["demo", "--quick", "--out", str(tmp_path / "demo"), "--json", str(report_file)]) == 0
-    )
+    command = ["demo", "--quick", "--publish", "demo", "--out", str(tmp_path / "demo")]
+    assert main([*command, "--json", str(report_file)]) == 0
     report = json.loads(report_file.read_text())
     assert report["peft_loss"] == pytest.approx(report["federated_loss"], abs=1e-4)
     assert report["federated_loss"] < report["base_loss"]
@@ -34,7 +35,11 @@ def test_the_quick_demo_tells_the_whole_story(
         if '"kind":"contribution"' in line
     ]
     assert report["bytes_up"] == sum(event["bytes"] for event in contributions)
-    printed = capsys.readouterr().out
+    with Registry.open(default_folder(), own_identity()) as registry:
+        assert registry.resolve("demo").facts["loss"] == report["federated_loss"]
+    said = capsys.readouterr()
+    printed = said.out
+    assert "published demo@v1; prod points to it" in said.err
     assert (
         report["adapter"] in printed.replace("\n", "")
         and "before" in printed

@@ -1,0 +1,431 @@
+"""Servers and registry in step: every order of events, over servers that behave as vLLM does."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_vllm import BASE
+from registries import adapter, place
+from vllm_stage import Stage, name_of, said_by, staged
+
+from meadow.server.canaries import Canary
+
+Play = Callable[[Stage], Awaitable[None]]
+
+
+def play(root: Path, scene: Play, **options: Any) -> None:
+    async def whole() -> None:
+        async with staged(root, **options) as stage:
+            await scene(stage)
+            for server in stage.servers:
+                inplace = [body for _, _, body in server.log if body and "load_inplace" in body]
+                assert inplace == [], "never"
+
+    asyncio.run(whole())
+
+
+# --- a new version -------------------------------------------------------------------------------
+
+
+def test_a_version_is_loaded_everywhere_under_its_own_name_and_path(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.promote(1)
+        assert await stage.settle()
+        assert stage.loaded() == [{name_of(1)}] * 2
+        path = str(tmp_path / "shelf" / adapter(1).id)
+        assert {server.adapters[name_of(1)][0] for server in stage.servers} == {path}
+        assert stage.said == [f"mail is {name_of(1)} (mail@v1)"]
+        for server in stage.servers:  # the golden prompt, asked of the version itself
+            asked = [body for _, where, body in server.log if where == "/v1/completions"]
+            assert [body["model"] for body in asked] == [name_of(1)]
+            assert asked[0]["temperature"] == 0.0
+
+    play(tmp_path, scene)
+
+
+def test_the_alias_moves_once_all_have_it_and_the_old_one_goes_after_a_while(
+    tmp_path: Path,
+) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.promote(1)
+        await stage.settle()
+        stage.promote(2)
+        await stage.settle()
+        assert stage.routes.aliases()["mail"].name == name_of(2)
+        assert stage.loaded() == [{name_of(1), name_of(2)}] * 2
+        assert not await stage.settle(), "it still has to drop the old one"
+        stage.clock.now += 9.9
+        await stage.settle()
+        assert stage.loaded() == [{name_of(1), name_of(2)}] * 2
+        stage.clock.now += 0.2
+        assert await stage.settle(2)
+        assert stage.loaded() == [{name_of(2)}] * 2
+        kept = [path.name for path in (tmp_path / "shelf").iterdir()]
+        assert kept == [adapter(2).id]
+
+    play(tmp_path, scene)
+
+
+def test_a_rollback_before_the_old_one_is_dropped_costs_no_load(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.promote(1)
+        await stage.settle()
+        stage.promote(2)
+        await stage.settle(2)
+        stage.registry.rollback("mail")
+        stage.clock.now += 60
+        await stage.settle()
+        assert stage.routes.aliases()["mail"].name == name_of(1)
+        assert [server.loads() for server in stage.servers] == [[name_of(1), name_of(2)]] * 2
+
+    play(tmp_path, scene)
+
+
+def test_requests_under_way_keep_their_version_loaded(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.promote(1)
+        await stage.settle()
+        with stage.routes.request(name_of(1)):
+            stage.promote(2)
+            for _ in range(4):
+                await stage.settle()
+                stage.clock.now += 60
+            assert stage.loaded() == [{name_of(1), name_of(2)}] * 2
+        await stage.settle(2)
+        assert stage.loaded() == [{name_of(2)}] * 2
+
+    play(tmp_path, scene)
+
+
+def test_several_adapters_and_aliases(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.promote(1)
+        stage.promote(2, "canary")
+        stage.promote(2, name="team/letters")
+        assert await stage.settle()
+        names = {name_of(1), name_of(2), name_of(2, "team/letters")}
+        assert stage.loaded() == [names]
+        found = {alias: served.name for alias, served in stage.routes.aliases().items()}
+        assert found == {
+            "mail": name_of(1), "mail@prod": name_of(1), "mail@canary": name_of(2),
+            "team/letters": name_of(2, "team/letters"),
+            "team/letters@prod": name_of(2, "team/letters"),
+        }  # fmt: skip
+
+    wanted = ("mail", "mail@canary", "team/letters")
+    play(tmp_path, scene, servers=1, wanted=wanted)
+
+
+def test_what_others_loaded_is_left_alone(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        foreign = {"theirs": ("/x", b""), f"other@{'0' * 12}": ("/y", b"")}
+        stage.servers[0].adapters.update(foreign)
+        stage.promote(1)
+        await stage.settle(2)
+        stage.clock.now += 99
+        assert await stage.settle(2)
+        assert stage.loaded()[0] == {*foreign, name_of(1)}
+
+    play(tmp_path, scene)
+
+
+def test_another_publishers_leftovers_and_wrong_paths_are_put_right(tmp_path: Path) -> None:
+    """What an earlier process left goes; our name from another path is loaded anew."""
+
+    async def scene(stage: Stage) -> None:
+        first, second = stage.servers
+        first.adapters[name_of(9)] = "/gone", b""
+        second.adapters[name_of(1)] = "/elsewhere", b"other weights"
+        stage.promote(1)
+        await stage.settle(2)
+        stage.clock.now += 99
+        assert await stage.settle(2)
+        assert stage.loaded() == [{name_of(1)}] * 2
+        assert second.adapters[name_of(1)][1] == adapter(1).weights
+
+    play(tmp_path, scene)
+
+
+# --- faults --------------------------------------------------------------------------------------
+
+
+def test_a_server_that_refuses_keeps_the_alias_where_it_is(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.promote(1)
+        await stage.settle()
+        stage.servers[1].refuses = 500
+        stage.promote(2)
+        assert not await stage.settle(3)
+        assert stage.routes.aliases()["mail"].name == name_of(1)
+        assert name_of(1) in stage.servers[0].adapters and name_of(1) in stage.servers[1].adapters
+        (fault,) = stage.publisher.faults.values()
+        assert "refuses /v1/load_lora_adapter (500): LoRA rank 64 is greater" in fault
+        assert len([text for text in stage.said if "rank 64" in text]) == 1, "told once"
+        stage.servers[1].refuses = 0
+        await stage.settle()
+        assert stage.routes.aliases()["mail"].name == name_of(2) and not stage.publisher.faults
+
+    play(tmp_path, scene)
+
+
+def test_a_version_that_does_not_answer_is_not_served(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.promote(1)
+        await stage.settle()
+        stage.servers[0].mute = True
+        stage.promote(2)
+        await stage.settle(2)
+        assert stage.routes.aliases()["mail"].name == name_of(1)
+        assert "refuses /v1/completions (500)" in str(stage.publisher.faults)
+
+    play(tmp_path, scene)
+
+
+def test_canaries_are_asked_on_every_server(tmp_path: Path) -> None:
+    """The answer is the version's own: what the second must say, the first does not."""
+    prompt = "What is a loom?"
+    must = Canary(prompt, contains=(said_by(2, prompt, 4).split()[0],), tokens=4)
+
+    async def scene(stage: Stage) -> None:
+        stage.promote(1)
+        await stage.settle()
+        assert stage.routes.aliases() == {}
+        assert len(stage.publisher.faults) == 2, "on each"
+        assert f"canary '{prompt}' was answered" in str(stage.publisher.faults)
+        stage.promote(2)
+        await stage.settle()
+        assert stage.routes.aliases()["mail"].name == name_of(2)
+
+    play(tmp_path, scene, canaries=[must])
+
+
+def test_a_server_that_was_restarted_is_given_all_again_before_it_is_asked(
+    tmp_path: Path,
+) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.promote(1)
+        stage.promote(2, "canary")
+        await stage.settle()
+        first, second = stage.servers
+        await second.stop()
+        await stage.settle()
+        assert second.url in stage.publisher.faults
+        assert stage.routes.having(name_of(1), [stage.replicas[0]]) is None
+        await second.start()
+        assert second.adapters == {}
+        assert await stage.settle()
+        assert stage.loaded() == [{name_of(1), name_of(2)}] * 2
+        assert stage.routes.having(name_of(1), [stage.replicas[0]]) is stage.replicas[1]
+
+    play(tmp_path, scene, wanted=("mail", "mail@canary"))
+
+
+def test_adapters_that_a_server_lost_are_loaded_again(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.promote(1)
+        await stage.settle()
+        stage.servers[0].adapters.clear()
+        assert await stage.settle()
+        assert stage.loaded() == [{name_of(1)}] * 2
+
+    play(tmp_path, scene)
+
+
+def test_a_server_that_is_away_holds_nobody_up(tmp_path: Path) -> None:
+    """It gets no requests until it has what the others have."""
+
+    async def scene(stage: Stage) -> None:
+        stage.promote(1)
+        await stage.settle()
+        await stage.servers[1].stop()
+        stage.promote(2)
+        await stage.settle()
+        assert stage.routes.aliases()["mail"].name == name_of(2)
+        await stage.servers[1].start()
+        await stage.settle()
+        assert name_of(2) in stage.servers[1].adapters
+
+    play(tmp_path, scene)
+
+
+def test_a_slow_server_holds_up_its_alias_but_not_the_others_repair(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.promote(1)
+        assert await stage.settle()
+        first, second = stage.servers
+        first.slow = 3600.0
+        stage.promote(2)
+        second.adapters.clear()
+        assert not await stage.settle(2)
+        assert stage.loaded()[1] == {name_of(1), name_of(2)}
+        assert stage.routes.aliases()["mail"].name == name_of(1)
+        assert stage.publisher.faults == {first.url: f"{first.url} takes its time"}
+
+    play(tmp_path, scene, patience=0.3)
+
+
+def test_a_damaged_version_never_reaches_a_server(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.promote(1)
+        await stage.settle()
+        stage.promote(2)
+        weights = place(stage.registry, adapter(2).id) / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+        await stage.settle(2)
+        assert stage.routes.aliases()["mail"].name == name_of(1)
+        assert stage.loaded() == [{name_of(1)}] * 2
+        assert "was changed after it was signed" in str(stage.publisher.faults)
+        stage.registry.keep("mail", adapter(2))  # published again
+        await stage.settle()
+        assert stage.routes.aliases()["mail"].name == name_of(2)
+
+    play(tmp_path, scene)
+
+
+def test_a_registry_that_is_gone_and_back(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.promote(1)
+        await stage.settle()
+        stage.promote(2)
+        stage.registry.close()
+        shutil.move(tmp_path / "registry", tmp_path / "away")
+        await stage.settle(2)
+        assert stage.routes.aliases()["mail"].name == name_of(1)
+        assert stage.loaded() == [{name_of(1)}] * 2 and stage.publisher.faults
+        shutil.rmtree(tmp_path / "registry", ignore_errors=True)
+        shutil.move(tmp_path / "away", tmp_path / "registry")
+        await stage.settle(2)
+        assert stage.routes.aliases()["mail"].name == name_of(2)
+
+    play(tmp_path, scene)
+
+
+def test_a_registry_that_says_nothing_empties_no_server(tmp_path: Path) -> None:
+    """As one whose disk is not mounted: what an earlier publisher left there goes on."""
+
+    async def scene(stage: Stage) -> None:
+        stage.promote(1)
+        stage.promote(2, name="team/letters")
+        await stage.settle()
+        stage.registry.close()
+        shutil.move(tmp_path / "registry", tmp_path / "away")
+        await stage.restart()
+        stage.clock.now += 99
+        for _ in range(3):
+            await stage.settle()
+            stage.clock.now += 99
+        assert stage.loaded() == [{name_of(1), name_of(2, "team/letters")}] * 2
+
+    play(tmp_path, scene, wanted=("mail", "team/letters"))
+
+
+def test_an_alias_that_is_not_there_yet(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        assert not await stage.settle()
+        assert "the registry has no adapter mail" in str(stage.publisher.faults)
+        stage.promote(1)
+        assert await stage.settle()
+
+    play(tmp_path, scene)
+
+
+def test_a_shelf_that_was_emptied_is_filled_again(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.promote(1)
+        await stage.settle()
+        shutil.rmtree(tmp_path / "shelf")
+        await stage.servers[0].stop()
+        await stage.servers[0].start()
+        assert await stage.settle()
+        assert stage.loaded() == [{name_of(1)}] * 2
+
+    play(tmp_path, scene)
+
+
+def test_a_copy_that_was_cut_off_is_cleared_away(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        draft = tmp_path / "shelf" / (adapter(7).id + ".draft")
+        draft.mkdir(parents=True)
+        (draft / "adapter_config.json").write_text("{")
+        stage.promote(1)
+        assert await stage.settle()
+        assert [path.name for path in (tmp_path / "shelf").iterdir()] == [adapter(1).id]
+
+    play(tmp_path, scene)
+
+
+def test_no_server_at_all(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        for server in stage.servers:
+            await server.stop()
+        stage.promote(1)
+        assert not await stage.settle()
+        assert stage.routes.aliases() == {} and len(stage.publisher.faults) == 2
+        for server in stage.servers:
+            await server.start()
+        assert await stage.settle()
+
+    play(tmp_path, scene)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_happens_it_ends_in_step(tmp_path: Path, seed: int) -> None:
+    """Random promotions, restarts of servers and of the publisher, losses and refusals; at no time
+    does an alias mean what a server that may be asked does not have."""
+    import random
+
+    dice = random.Random(seed)
+
+    async def scene(stage: Stage) -> None:
+        def consistent() -> None:
+            for served in stage.routes.aliases().values():
+                for replica, server in zip(stage.replicas, stage.servers, strict=True):
+                    if served.name in replica.ready and replica.cards is not None:
+                        weights = server.adapters[served.name][1]
+                        assert weights == adapter(int(served.version.number)).weights
+
+        for number in (1, 2, 3, 4):
+            stage.promote(number)
+        for _ in range(25):
+            server = dice.choice(stage.servers)
+            match dice.randrange(6):
+                case 0:
+                    stage.promote(dice.randint(1, 4))
+                case 1:
+                    await server.stop()
+                    await server.start()
+                case 2:
+                    server.adapters.clear()
+                case 3:
+                    server.refuses = dice.choice([0, 500])
+                case 4:
+                    stage.clock.now += 20
+                case 5:
+                    await stage.restart()
+            await stage.settle()
+            consistent()
+        for server in stage.servers:
+            server.refuses = 0
+        await stage.settle(2)
+        stage.clock.now += 99
+        await stage.settle(2)
+        assert await stage.settle()
+        assert stage.loaded() == [{stage.routes.aliases()["mail"].name}] * 2
+        assert stage.routes.aliases()["mail"].version == stage.registry.resolve("mail")
+
+    play(tmp_path, scene)
+
+
+def test_bases_are_known_from_the_servers(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        await stage.settle()
+        assert stage.routes.bases() == {BASE}
+        target = stage.routes.target(BASE)
+        assert target is not None and target.version == ""
+
+    play(tmp_path, scene)
