@@ -49,7 +49,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event of a request that was served; `text` is what was held back and may be shown."""
+    """The last event of a request that was served; `text` was held back and may be shown."""
 
     reason: Literal["stop", "length", "abort"]
     text: str
