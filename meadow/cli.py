@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, cli_adapters, cli_client, cli_coordinator, cli_peer
+from . import __version__, cli_adapters, cli_client, cli_coordinator, cli_peer, cli_serve
 from .config import Config, load, options_of, write
 from .display import Display, bytes_text, seconds_text
 from .errors import ConfigError, MeadowError, StorageError
@@ -114,6 +114,10 @@ def _add_tools(commands: Any) -> None:
 
     adapters = commands.add_parser("adapters", help="the registry of signed adapters")
     cli_adapters.add_commands(adapters.add_subparsers(required=True, metavar="COMMAND"), _command)
+
+    cli_serve.add_serve(commands, _command, _count, _positive)
+    keys = commands.add_parser("keys", help="who may ask a server")
+    cli_serve.add_keys(keys.add_subparsers(required=True, metavar="COMMAND"), _command, _count)
 
     peer = commands.add_parser("peer", help="a run without a coordinator")
     cli_peer.add_commands(

@@ -24,6 +24,7 @@ FREE = (
     "meadow/cli_coordinator.py",
     "meadow/cli_client.py",
     "meadow/cli_peer.py",
+    "meadow/cli_serve.py",
 )  # may import all, and print
 FLOWER = {
     "client/app.py": {"flwr.app", "flwr.clientapp"},
