@@ -227,7 +227,7 @@ class ServingSlots:
         self.groups: dict[int, SlotGroup] = {}
         self._device = next(model.parameters()).device
         self._model = model
-        self._layers = [self._swap(site.name) for site in self.sites]
+        self.layers = [self._swap(site.name) for site in self.sites]
         self._last: tuple[object, Order] | None = None
 
     def write(self, place: Place, packed: Packed) -> None:
@@ -265,7 +265,7 @@ class ServingSlots:
         order_of_segments = sorted(range(len(segments)), key=lambda index: _kind(segments[index]))
         ordered = [segments[index] for index in order_of_segments]
         runs += self._segment_runs(ordered, len(rows))
-        for index, (site, layer) in enumerate(zip(self.sites, self._layers, strict=True)):
+        for index, (site, layer) in enumerate(zip(self.sites, self.layers, strict=True)):
             layer.work = [_work(run, index) for run in runs if site.name in run.modules]
         return Order(tuple(rows), tuple(order_of_segments))
 
@@ -278,7 +278,7 @@ class ServingSlots:
 
     def detach(self) -> None:
         """Give the model its own layers back."""
-        for site, layer in zip(self.sites, self._layers, strict=True):
+        for site, layer in zip(self.sites, self.layers, strict=True):
             self._put(site.name, layer.base)
 
     def _swap(self, name: str) -> ServedLinear:
