@@ -70,8 +70,9 @@ def serve(options: ServeOptions, opened: Callable[[Opened], None]) -> bool:
     with bound(options.listen) as listening, opened_front(options, tenants) as front:
 
         def tell() -> None:
-            models = tuple(card.id for card in front.catalogue.cards())
-            opened(Opened(_reached_at(listening), models))
+            base, *adapters = (card.id for card in front.catalogue.cards())
+            adapters.sort(key=lambda id: ("@" in id, id))  # those of `prod` first
+            opened(Opened(_reached_at(listening), (base, *adapters)))
 
         server = HttpServer(front, options.drain_seconds, tell)
         return asyncio.run(server.run_on(listening))

@@ -35,13 +35,12 @@ class Vocabulary:
 
     def piece(self, id: int) -> Piece:
         if id not in self._known:
-            self._known[id] = _piece(self._bytes(id))
+            name: str | None = self._added.get(id) or self._tokenizer.convert_ids_to_tokens(id)
+            nameless = Piece(f"token_id:{id}", b"")  # a row of the model's output, and no token
+            self._known[id] = nameless if name is None else _piece(self._bytes(id, name))
         return self._known[id]
 
-    def _bytes(self, id: int) -> bytes:
-        name: str | None = self._added.get(id) or self._tokenizer.convert_ids_to_tokens(id)
-        if name is None:
-            return b""  # a row of the model's output that has no token
+    def _bytes(self, id: int, name: str) -> bytes:
         if id in self._added:
             return name.encode()
         if "ByteLevel" in self._kinds:

@@ -12,8 +12,9 @@ from typing import Any
 
 import openai
 import pytest
+from loopback_server import PATIENCE, Server
 from openai import OpenAI
-from scripted_serving import NEWS, PATIENCE, Server, failing, scripted_front, served
+from scripted_serving import NEWS, failing, scripted_front, served
 
 from meadow.server.serving.api_keys import add_key
 from meadow.server.serving.requests import Event, Finished, Job, Token
@@ -273,5 +274,5 @@ def test_a_server_that_leaves(key: tuple[Path, str]) -> None:
         with pytest.raises(openai.InternalServerError) as caught:
             client.completions.create(model="news", prompt="a")
         assert caught.value.status_code == 503
-        server.engine.pace.release(10)  # type: ignore[union-attr]
+        server.engine.pace.release(10)
         assert "".join(chunk.choices[0].text for chunk in stream) == "bc"

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from scripted_serving import NEWS, Server, failing, scripted_front, served
+from loopback_server import Server
+from scripted_serving import NEWS, failing, scripted_front, served
 
 from meadow.server.serving.api_keys import add_key
 from meadow.server.serving.catalogue import Health

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_serving import PATIENCE, Server, scripted_front, served
+from loopback_server import PATIENCE, Server
+from scripted_serving import scripted_front, served
 
 from meadow.server.serving.api_keys import add_key
 

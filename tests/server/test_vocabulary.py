@@ -36,8 +36,8 @@ def test_special_tokens_are_their_names() -> None:
     assert NAMED.piece(NANO.bos_token_id) == Piece("<s>", b"<s>")
 
 
-def test_an_id_without_a_token_is_empty() -> None:
-    assert NAMED.piece(10**6) == Piece("", b"")
+def test_an_id_without_a_token_says_nothing() -> None:
+    assert NAMED.piece(10**6) == Piece("token_id:1000000", b"")
 
 
 def wrapped(decoder: Any, words: list[str]) -> Vocabulary:
