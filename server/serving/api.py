@@ -92,9 +92,11 @@ def _model(card: Card) -> dict[str, Any]:
 def _add_upkeep(app: FastAPI, front: Front) -> None:
     @app.get("/health", response_model=None)
     async def health() -> Response:
-        """Empty is well; 503 while we are leaving."""
+        """Empty is well; 503 while we are leaving, and once the engine broke down."""
         if front.doorway.leaving:
             raise ApiError(503, "the server is ending", retry_after=1.0)
+        if front.engine.fault:
+            raise ApiError(503, "the engine broke down; the server's log says why")
         found = front.catalogue.health()
         if not found.registry and not found.behind:
             return Response()

@@ -118,6 +118,12 @@ class Engine(Closeable):
         with self._changed:
             return self._stats
 
+    @property
+    def fault(self) -> str:
+        """Why it cannot go on; "" while it can.  From any thread."""
+        with self._changed:
+            return self._fault
+
     def drain(self, seconds: float) -> bool:
         """Take nothing new, and wait until all is answered; False where time ran out."""
         with self._changed:

@@ -27,6 +27,9 @@ class Backend(Protocol):
 
     max_length: int
 
+    @property
+    def fault(self) -> str: ...
+
     def submit(self, job: Job, on_event: Callable[[Event], None]) -> Cancellable: ...
 
     def stats(self) -> Stats: ...

@@ -162,8 +162,8 @@ def _registry(folder: Path | None) -> Registry:
 
 
 def _address(listen: str) -> tuple[str, int]:
-    host, _, port = listen.rpartition(":")
-    if not port.isdecimal() or int(port) > 65535:
+    host, mark, port = listen.rpartition(":")
+    if not mark or not port.isdecimal() or int(port) > 65535:
         raise ConfigError(f"--listen {listen!r} is not host:port", "for example 127.0.0.1:8000")
     return host.strip("[]"), int(port)
 

@@ -67,6 +67,7 @@ class ScriptedEngine:
         self.script, self.max_length = script, max_length
         self.jobs: list[Job] = []
         self.tickets: list[ScriptedTicket] = []
+        self.fault = ""
         self.room = 10**6
         """How many jobs more are taken."""
         self.pace: threading.Semaphore | None = None

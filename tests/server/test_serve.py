@@ -220,6 +220,16 @@ def test_a_client_that_hangs_up_frees_its_row(stage: tuple[ServedRegistry, Serve
     eventually(lambda: server.front.meters.finished["abort"] == 1)
 
 
+def test_an_engine_that_breaks_down_says_so(shelf: ServedRegistry) -> None:
+    """Who waits is told, and so is who watches; nothing hangs."""
+    with serving(shelf) as server:
+        server.engine._batcher.step = lambda: 1 / 0
+        reply = server.ask("/v1/completions", {"model": "base", "prompt": "a"})
+        assert reply.status == 500 and "zero" not in reply.error["message"]
+        assert server.ask("/health").status == 503
+        assert server.ask("/v1/completions", {"model": "base", "prompt": "a"}).status == 503
+
+
 # --- a registry that changes -------------------------------------------------------------------
 
 
@@ -231,7 +241,7 @@ def test_a_new_version_is_served_and_one_can_go_back(shelf: ServedRegistry) -> N
         with OpenAI(base_url=server.url, api_key="none", timeout=PATIENCE) as client:
             stream = iter(
                 client.completions.create(
-                    model="news", prompt=PROMPT, temperature=0, max_tokens=600, stream=True,
+                    model="news", prompt=PROMPT, temperature=0, max_tokens=300, stream=True,
                     extra_body={"return_token_ids": True, "ignore_eos": True},
                 )
             )  # fmt: skip
@@ -243,7 +253,7 @@ def test_a_new_version_is_served_and_one_can_go_back(shelf: ServedRegistry) -> N
             chunks += stream
         assert {chunk.model for chunk in chunks} == {"news@v1"}
         streamed = [id for chunk in chunks for id in chunk.choices[0].to_dict()["token_ids"]]  # type: ignore[attr-defined]
-        assert streamed == ids(server, "news@v1", max_tokens=600)
+        assert streamed == ids(server, "news@v1", max_tokens=300)
         assert ids(server, "news") == ids(server, "news@v2") != ids(server, "news@v1")
         shelf.registry.rollback("news")
         eventually(lambda: version(server) == "news@v1")

@@ -227,6 +227,13 @@ def test_health_is_empty_while_all_is_well() -> None:
         assert server.ask("/admin/status").json["catalogue"]["registry"] == "/srv/registry is gone"
 
 
+def test_a_server_whose_engine_broke_down_is_not_well() -> None:
+    with served(scripted_front()) as server:
+        server.engine.fault = "out of memory at /srv/x"
+        reply = server.ask("/health")
+        assert reply.status == 503 and "/srv" not in reply.error["message"]
+
+
 def test_metrics_have_vllms_names_and_prometheus_form() -> None:
     with served(scripted_front()) as server:
         complete(server, max_tokens=4)
