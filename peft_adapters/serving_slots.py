@@ -14,9 +14,10 @@ the base are in no group and cost nothing; tokens that all use one adapter are a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 from .layout import Site, Tree, modules_of
 
 SMALLEST_RANK = 8
+_NONE = 2**31  # more than any rank
+_FEW = 2  # runs over the slots themselves that are preferred to a copy of them
 
 
 class Place(NamedTuple):
@@ -166,14 +169,32 @@ class SlotGroup:
                 self._copy(row, slots[order[row]])
         return order
 
-    def decode(self, slots: Sequence[int], start: int) -> tuple[Sequence[int], _Run]:
-        """A run of tokens, one for each of `slots`, and the order that they have to come in."""
-        if len(set(slots)) == 1:
-            return range(len(slots)), self.uniform(slots[0], start, len(slots))
-        modules = frozenset[str]().union(*(self.modules[slot] for slot in slots))
-        return self._claim(slots), _Run(start, len(slots), 1, self.rows, 0, modules)
+    def decode(self, slots: Sequence[int], start: int) -> tuple[Sequence[int], list[_Run]]:
+        """Runs of tokens, one for each of `slots`, and the order that they have to come in.
 
-    def uniform(self, slot: int, start: int, length: int) -> _Run:
+        Where the slots themselves lie together, nothing is copied.
+        """
+        order: Sequence[int] = sorted(range(len(slots)), key=lambda index: slots[index])
+        direct = self.direct([(slots[index], 1) for index in order], start)
+        if len(direct) <= _FEW:
+            return order, direct
+        modules = frozenset[str]().union(*(self.modules[slot] for slot in slots))
+        return self._claim(slots), [_Run(start, len(slots), 1, self.rows, 0, modules)]
+
+    def direct(self, lengths: Iterable[tuple[int, int]], start: int) -> list[_Run]:
+        """Runs over the slots themselves, for neighbouring tokens: (slot, how many)."""
+        runs: list[_Run] = []
+        for slot, same in groupby(lengths, key=itemgetter(0)):
+            run = self._uniform(slot, start, sum(length for _, length in same))
+            start += run.length
+            if runs and _follows(run, runs[-1]):
+                before = runs.pop()
+                modules = before.modules | run.modules
+                run = replace(before, count=before.count + 1, modules=modules)
+            runs.append(run)
+        return runs
+
+    def _uniform(self, slot: int, start: int, length: int) -> _Run:
         """A run of tokens that use one adapter: no copy is needed."""
         return _Run(start, 1, length, self.slots, slot, self.modules[slot])
 
@@ -206,10 +227,12 @@ class ServedLinear(nn.Module):
         for start, stop, shape, a, b in self.work:
             own, out = x[0, start:stop], y[0, start:stop]
             if shape[0] == 1:
-                out.addmm_(own @ a, b)
-            else:
-                inner = torch.bmm(own.view(*shape, -1), a)
-                out.view(*shape, -1).baddbmm_(inner, b)
+                out.addmm_((a @ own.mT).mT, b)
+            elif shape[1] == 1:
+                out.unsqueeze(1).baddbmm_(torch.bmm(own.unsqueeze(1), a.mT), b)
+            else:  # in this order of factors the product is half as costly
+                inner = torch.bmm(a, own.view(*shape, -1).mT)
+                out.view(*shape, -1).baddbmm_(inner.mT, b)
         return y
 
 
@@ -258,8 +281,8 @@ class ServingSlots:
             own = [
                 (i, place.slot) for i, place in enumerate(decode) if place and place.rank == rank
             ]
-            order, run = self.group(rank).decode([slot for _, slot in own], len(rows))
-            runs.append(run)
+            order, found = self.group(rank).decode([slot for _, slot in own], len(rows))
+            runs += found
             rows += [own[index][0] for index in order]
         rows += [index for index, place in enumerate(decode) if place is None]
         order_of_segments = sorted(range(len(segments)), key=lambda index: _kind(segments[index]))
@@ -270,11 +293,12 @@ class ServingSlots:
         return Order(tuple(rows), tuple(order_of_segments))
 
     def _segment_runs(self, segments: Sequence[Segment], start: int) -> Iterator[_Run]:
-        for place, same in groupby(segments, key=lambda segment: segment.place):
-            length = sum(segment.length for segment in same)
-            if place is not None:
-                yield self.group(place.rank).uniform(place.slot, start, length)
-            start += length
+        for rank, same in groupby(segments, key=lambda segment: _kind(segment)[0]):
+            lengths = [(segment.place, segment.length) for segment in same]
+            if rank != _NONE:
+                own = [(place.slot, length) for place, length in lengths if place is not None]
+                yield from self.group(rank).direct(own, start)
+            start += sum(length for _, length in lengths)
 
     def detach(self) -> None:
         """Give the model its own layers back."""
@@ -291,15 +315,22 @@ class ServingSlots:
         setattr(self._model.get_submodule(parent), last, layer)
 
 
-def _kind(segment: Segment) -> Place:
-    """Segments of one adapter lie together, those of the base last."""
-    return segment.place or Place(2**31, 0)
+def _kind(segment: Segment) -> tuple[int, int, int]:
+    """What the order of segments goes by: those of a rank and a length lie together, by their
+    slots; those of the base come last."""
+    place = segment.place or Place(_NONE, 0)
+    return place.rank, segment.length, place.slot
+
+
+def _follows(run: _Run, before: _Run) -> bool:
+    """Whether two runs of neighbouring tokens are one, of one share more."""
+    return run.length == before.length and run.first == before.first + before.count
 
 
 def _work(run: _Run, site: int) -> _Work:
-    """Start, end, (shares, their length), A^T and B^T of a run at a layer."""
+    """Start, end, (shares, their length), A and B^T of a run at a layer."""
     stop, shares = run.start + run.count * run.length, slice(run.first, run.first + run.count)
-    a, b = run.source.a_of[site][shares].mT, run.source.b_of[site][shares]
+    a, b = run.source.a_of[site][shares], run.source.b_of[site][shares]
     if run.count == 1:
         a, b = a[0], b[0]
     return run.start, stop, (run.count, run.length), a, b

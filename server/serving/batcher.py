@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 
 from ...peft_adapters.serving_slots import Packed, Place
 from ..registry_names import PROD
-from .adapter_cache import AdapterCache
+from .adapter_cache import CacheStats
 from .fair_queue import FairQueue, kv_peak
 from .live_request import LiveRequest
 from .model_runner import ModelRunner, Work
@@ -22,13 +23,25 @@ from .served import Served
 from .slot_table import SlotTable
 
 
+class Adapters(Protocol):
+    """Adapters in memory, as `AdapterCache` keeps them."""
+
+    limit: int
+
+    def hold(self, model: Served) -> bool: ...
+    def get(self, model: Served) -> Packed: ...
+    def peek(self, model: Served) -> Packed | None: ...
+    def give(self, model: Served) -> None: ...
+    def stats(self) -> CacheStats: ...
+
+
 class Batcher:
     """All requests of an engine; used by its thread alone."""
 
     def __init__(
         self,
         runner: ModelRunner,
-        cache: AdapterCache,
+        cache: Adapters,
         slots: SlotTable,
         *,
         kv_tokens: int,

@@ -82,6 +82,9 @@ class ReadyCache:
     def get(self, model: Served) -> Packed:
         return packed_adapter(int(model.digest, 16), tuple(self._places))
 
+    def peek(self, model: Served) -> Packed:
+        return self.get(model)
+
     def stats(self) -> CacheStats:
         return CacheStats(0, 0, 0, 0)
 
@@ -106,7 +109,7 @@ class Desk:
         self.cache = ReadyCache(runner.slots.sites)
         self.batcher = Batcher(
             runner,
-            self.cache,  # type: ignore[arg-type]
+            self.cache,
             SlotTable(slots),
             kv_tokens=kv_tokens,
             prefill_tokens=prefill_tokens,
