@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,9 @@ def _add_tools(commands: Any) -> None:
     )
 
     bench = _command(commands, "bench", _bench, "measure, and write a table")
-    bench.add_argument("name", choices=["strategies", "refine", "zo", "zo-learning", "deploy"])
+    bench.add_argument(
+        "name", choices=["strategies", "refine", "zo", "zo-learning", "deploy", "serve"]
+    )
     bench.add_argument("--out", type=Path, default=Path("bench"), help="folder for the tables")
     bench.add_argument(
         "--model", default="", help="base model (default: stories260K of MEADOW_MODELS)"
@@ -423,10 +425,12 @@ def _pool(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from .simulation import bench, deploy_bench, zo_bench
+    from .simulation import bench, deploy_bench, serve_bench, zo_bench
 
-    own = dict.fromkeys(zo_bench.NAMES, zo_bench.run)
-    measure = deploy_bench.run if options.name == "deploy" else own.get(options.name, bench.run)
+    own: dict[str, Callable[..., tuple[dict[str, Any], str]]]
+    own = {"deploy": deploy_bench.run, "serve": serve_bench.run}
+    own |= dict.fromkeys(zo_bench.NAMES, zo_bench.run)
+    measure = own.get(options.name, bench.run)
     seeds = options.seeds or (5 if options.name == "zo-learning" else 3)
     with Display(console) as display:
         report, text = measure(

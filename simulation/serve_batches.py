@@ -152,7 +152,7 @@ def share_of_base(load: Load) -> Shares:
             (bench.answer(plain, 2 * turn)[0], bench.answer(load.models(), 2 * turn + 1)[0])
             for turn in range(load.repeats)
         ]
-    return Shares(*map(median, zip(*pairs, strict=True)), sum(load.answers))
+    return _shares(load, pairs)
 
 
 def over_peft(load: Load) -> tuple[Shares, int]:
@@ -166,7 +166,12 @@ def over_peft(load: Load) -> tuple[Shares, int]:
             ours, found = bench.answer(load.models(), turn)
             different += sum(a != b for a, b in zip(expected, found, strict=True))
             pairs.append((theirs, ours))
-    return Shares(*map(median, zip(*pairs[1:], strict=True)), sum(load.answers)), different
+    return _shares(load, pairs[1:]), different
+
+
+def _shares(load: Load, pairs: Sequence[tuple[float, float]]) -> Shares:
+    baseline, adapters = zip(*pairs, strict=True)
+    return Shares(median(baseline), median(adapters), sum(load.answers))
 
 
 class _PeftBatch:
@@ -200,7 +205,7 @@ class _PeftBatch:
             do_sample=False,
             use_cache=True,
             max_new_tokens=self.load.answers[0],
-            eos_token_id=-1,
+            min_new_tokens=self.load.answers[0],
             pad_token_id=0,
         )
         seconds = time.process_time() - start
