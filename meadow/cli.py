@@ -378,6 +378,7 @@ def _strategies(options: argparse.Namespace, console: Console) -> list[dict[str,
     return found
 
 
+_Measure = Callable[..., tuple[dict[str, Any], str]]
 _FLAGS = {
     "mixed_ranks": "mixed ranks",
     "quantized_base": "quantised base",
@@ -427,10 +428,9 @@ def _pool(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 def _bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .simulation import bench, deploy_bench, serve_bench, zo_bench
 
-    own: dict[str, Callable[..., tuple[dict[str, Any], str]]]
-    own = {"deploy": deploy_bench.run, "serve": serve_bench.run}
-    own |= dict.fromkeys(zo_bench.NAMES, zo_bench.run)
-    measure = own.get(options.name, bench.run)
+    own: dict[str, _Measure] = {"deploy": deploy_bench.run, "serve": serve_bench.run}
+    own |= {name: zo_bench.run for name in zo_bench.NAMES}
+    measure = own.get(options.name) or bench.run
     seeds = options.seeds or (5 if options.name == "zo-learning" else 3)
     with Display(console) as display:
         report, text = measure(

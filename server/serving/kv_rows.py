@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...errors import ConfigError
+
 
 class Owner(NamedTuple):
     """Whose keys and values a row holds."""
@@ -135,11 +137,17 @@ class KVRows:
 
 
 def _zeros(size: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """On a CPU, memory that the system commits when it is first written."""
+    """On a CPU, memory that the system commits when a row is first used."""
     if device.type != "cpu":
         return torch.zeros(*size, device=device, dtype=dtype)
     item = torch.empty((), dtype=dtype).element_size()
-    return torch.from_numpy(np.zeros(int(np.prod(size)) * item, np.uint8)).view(dtype).view(*size)
+    try:
+        memory = np.zeros(int(np.prod(size)) * item, np.uint8)
+    except MemoryError as error:
+        raise ConfigError(
+            f"no memory for {size[2]} texts of {size[4]} tokens", "serve fewer or shorter ones"
+        ) from error
+    return torch.from_numpy(memory).view(dtype).view(*size)
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
