@@ -71,7 +71,7 @@ def add_keys(commands: Any, add: Add, count: Number) -> None:
         help="what it is for (default: inference); give it twice for both",
     )  # fmt: skip
     new.add_argument("--per-minute", type=count, default=0, help="requests (0: any number)")
-    new.add_argument("--at-once", type=count, default=0, help="requests (0: any number)")
+    new.add_argument("--at-once", type=count, default=0, help="answers (0: any number)")
     _file_and_name(add(commands, "revoke", _revoke_key, "refuse a key from now on"))
     listing = add(commands, "list", _list_keys, "list keys, without their secrets")
     listing.add_argument("file", type=Path, metavar="FILE")

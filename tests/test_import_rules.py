@@ -128,6 +128,13 @@ def test_only_a_few_files_import_flower(path: Path) -> None:
     assert {name.rpartition(".")[0] for name in used} == allowed
 
 
+def test_serving_has_an_engine_without_asyncio_and_a_front_without_torch(path: Path) -> None:
+    if path.parent.as_posix() != "server/serving":
+        return
+    used = {name.partition(".")[0] for name in imports(path)}
+    assert not ("torch" in used and used & {"asyncio", "fastapi", "starlette", "uvicorn"})
+
+
 def calls(node: ast.AST) -> set[str]:
     """The dotted name of everything that is called in a piece of source."""
     return {ast.unparse(part.func) for part in ast.walk(node) if isinstance(part, ast.Call)}

@@ -35,8 +35,10 @@ def test_every_command_is_one() -> None:
 
 def test_every_option_that_it_names_is_one() -> None:
     named = set(re.findall(r"`(--[a-z-]+)", PAGE))
+    of_keys = {"--per-minute", "--at-once"}
+    build_parser().parse_args(["keys", "add", "f", "n", *(f"{option}=1" for option in of_keys)])
     assert len(named) > 8
-    for option in named:
+    for option in named - of_keys:
         build_parser().parse_args(["serve", option, *VALUES.get(option, ["1"])])
 
 

@@ -41,7 +41,7 @@ class ApiKey(BaseModel):
     per_minute: int = Field(default=0, ge=0)
     """Requests."""
     at_once: int = Field(default=0, ge=0)
-    """Requests that are being answered."""
+    """Answers that are being made: a request for three of them counts three."""
 
 
 class _File(BaseModel):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from ...errors import TooLongError
 from .openai_errors import ApiError
 from .openai_types import ChatRequest, CompletionRequest, Message
 
@@ -24,14 +25,18 @@ if TYPE_CHECKING:
 class Prompts:
     """Token ids of what is asked; any thread may use it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
-        """`vocabulary` is the number of tokens that the model knows."""
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, longest: int = 10**6
+    ) -> None:
+        """The model knows `vocabulary` tokens, and reads `longest` of them at once."""
         self._tokenizer = copy.deepcopy(tokenizer)  # the engine's decodes meanwhile
-        self._vocabulary = vocabulary
+        self._vocabulary, self._longest = vocabulary, longest
+        self._most_characters = longest * max(map(len, tokenizer.get_vocab()))
         self._turn = threading.Lock()
 
     def of(self, asked: CompletionRequest | ChatRequest) -> list[list[int]]:
-        """Every prompt of a request.  Raises ApiError (400) for what no model could read."""
+        """Every prompt of a request.  Raises ApiError (400) for what no model could read, and
+        TooLongError for what is too long whatever its tokens are."""
         with self._turn:
             if isinstance(asked, ChatRequest):
                 return [self._checked(self._dialogue(asked.messages), "messages")]
@@ -77,6 +82,10 @@ class Prompts:
         otherwise they are mere text."""
         if not text:
             return []
+        if len(text) > self._most_characters:  # everybody else's prompts would wait for this one's
+            raise TooLongError(
+                f"{len(text)} characters are more than {self._longest} tokens", self._longest
+            )
         encoding = self._tokenizer(
             text, add_special_tokens=False, split_special_tokens=not names, verbose=False
         )

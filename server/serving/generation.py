@@ -30,7 +30,7 @@ from .request_body import read_json_body
 from .requests import Failed, Finished, Job, Token
 from .served import Served
 from .stream import GoneError, send_events, sse_event, unless_gone
-from .tenants import Tenants
+from .tenants import Place, Tenants
 from .vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -68,18 +68,19 @@ class Generation(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request, tenants = Request(scope, receive), self._front.tenants
         key = tenants.caller(request.headers.get("authorization"), "inference")
-        with tenants.admitted(key):
+        with tenants.admitted(key) as place:
             try:
-                await self._answer(request, key, send)
+                await self._answer(request, key, place, send)
             except (GoneError, ClientDisconnect):
                 return
             except MeadowError as error:
                 raise _told(error) from error
 
-    async def _answer(self, request: Request, key: ApiKey, send: Send) -> None:
+    async def _answer(self, request: Request, key: ApiKey, place: Place, send: Send) -> None:
         front = self._front
         body = await read_json_body(request, front.largest_body, front.body_seconds)
         asked: Asked = parse(self._kind, body)
+        place.take(asked.answers)
         prompts = await asyncio.to_thread(front.prompts.of, asked)
         lease = await asyncio.to_thread(front.catalogue.acquire, asked.model)
         exchange = Exchange(front.engine, lease, front.meters)

@@ -35,6 +35,7 @@ class HttpServer(uvicorn.Server):
                 application(front),
                 lifespan="off",
                 ws="none",
+                http="h11",  # bounds what comes before a body; httptools takes headers of any size
                 log_config=None,
                 access_log=False,
                 server_header=False,

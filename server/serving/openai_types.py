@@ -134,6 +134,11 @@ class _Request(_Body):
         """How many likely tokens to report beside each one; None: no log probabilities."""
         raise NotImplementedError
 
+    @property
+    def answers(self) -> int:
+        """How many are asked for."""
+        return self.n
+
     def length(self, room: int) -> int:
         """Tokens to generate at most, where the context has `room` for so many more."""
         raise NotImplementedError
@@ -171,13 +176,17 @@ class CompletionRequest(_Request):
             raise ValueError("best_of: not supported, unless it equals n")
         if self.echo and self.logprobs is not None:
             raise ValueError("echo: not supported together with logprobs")
-        if len(self.prompt) * self.n > MOST_CHOICES:
+        if self.answers > MOST_CHOICES:
             raise ValueError(f"prompt: prompts times n, at most {MOST_CHOICES}")
         return self
 
     @property
     def alternatives(self) -> int | None:
         return self.logprobs
+
+    @property
+    def answers(self) -> int:
+        return len(self.prompt) * self.n
 
     def length(self, room: int) -> int:
         return self.max_tokens or max(1, min(_COMPLETION_TOKENS, room))

@@ -7,6 +7,7 @@ See `http_server` for the end.
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -134,7 +135,7 @@ def front_of(
         base=name,
         engine=engine,
         catalogue=catalogue,
-        prompts=Prompts(base.tokenizer, embedding.num_embeddings),
+        prompts=Prompts(base.tokenizer, embedding.num_embeddings, engine.max_length),
         vocabulary=Vocabulary(base.tokenizer),
         tenants=tenants,
         doorway=Doorway(meters, hosts),
@@ -152,7 +153,9 @@ def blueprint_of(base: Base) -> Blueprint:
 def public_name(base: str) -> str:
     """What a base is called in requests and answers: of a folder, the last part of its path."""
     folder = Path(base).expanduser()
-    return folder.resolve().name if base != NANO and folder.is_dir() else base
+    if base == NANO or not folder.is_dir():
+        return base
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-") or "base"
 
 
 def _registry(folder: Path | None) -> Registry:

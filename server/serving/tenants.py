@@ -27,11 +27,30 @@ _MINUTE = 60.0
 
 @dataclass
 class _Use:
-    """A bucket of requests that fills with time, and what is under way."""
+    """A bucket of requests that fills with time, and how many answers are being made."""
 
     left: float
     since: float
     at_once: int = field(default=0)
+
+
+class Place:
+    """One request of a key, while it is being answered."""
+
+    def __init__(self, key: ApiKey, use: _Use) -> None:
+        self._key, self._use = key, use
+        self.taken = 0
+
+    def take(self, answers: int) -> None:
+        """Make room for so many answers.  ApiError: 400 for more than the key ever has, 429 for
+        more than it has now."""
+        most = self._key.at_once
+        if most and answers > most:
+            raise ApiError(400, f"this key may ask for {most} answers at once, not {answers}", "n")
+        if most and self._use.at_once + answers > most:
+            raise ApiError(429, f"this key may ask for {most} answers at once", retry_after=1.0)
+        self._use.at_once += answers
+        self.taken += answers
 
 
 class Tenants:
@@ -70,19 +89,15 @@ class Tenants:
         return key
 
     @contextmanager
-    def admitted(self, key: ApiKey) -> Iterator[None]:
-        """One request, for as long as it takes.  ApiError (429) where the key's limits refuse."""
+    def admitted(self, key: ApiKey) -> Iterator[Place]:
+        """One request, for as long as it takes.  ApiError (429) where the key's rate refuses."""
         use = self._uses.setdefault(key.id, _Use(key.per_minute, self._clock()))
-        if key.at_once and use.at_once >= key.at_once:
-            raise ApiError(
-                429, f"this key may have {key.at_once} requests answered at once", retry_after=1.0
-            )
         self._count(key, use)
-        use.at_once += 1
+        place = Place(key, use)
         try:
-            yield
+            yield place
         finally:
-            use.at_once -= 1
+            use.at_once -= place.taken
 
     def _count(self, key: ApiKey, use: _Use) -> None:
         """Take one request out of the bucket, which holds a minute's."""

@@ -9,6 +9,7 @@ from scripted_serving import tokenizer
 
 from meadow.client.encode import encode
 from meadow.client.rows import Row
+from meadow.errors import TooLongError
 from meadow.nano import FOLDER
 from meadow.server.serving.chat_prompt import Prompts
 from meadow.server.serving.openai_errors import ApiError
@@ -94,6 +95,17 @@ def test_what_no_model_could_read_is_refused(prompt: Any, message: str) -> None:
     with pytest.raises(ApiError, match=message) as caught:
         Prompts(tokenizer(), 64).of(completion(prompt))
     assert caught.value.status == 400 and caught.value.param == "prompt"
+
+
+def test_what_is_too_long_whatever_its_tokens_are_is_not_even_read(nano: Any) -> None:
+    """One caller's megabytes must not keep the others waiting."""
+    longest = max(map(len, nano.get_vocab()))
+    prompts = Prompts(nano, len(nano), 10)
+    assert prompts.of(completion("x" * 10 * longest))
+    for asked in (completion("x" * (10 * longest + 1)), chat(("user", "x" * 10**6))):
+        with pytest.raises(TooLongError, match="more than 10 tokens") as caught:
+            prompts.of(asked)
+        assert caught.value.limit == 10
 
 
 def test_echo_repeats_a_text_as_it_was_and_ids_as_they_read(nano: Any) -> None:

@@ -427,6 +427,7 @@ def test_a_keys_place_is_free_again_when_its_answer_has_ended(
     keyed: tuple[Server, dict[str, str]],
 ) -> None:
     server, keys = keyed
+    assert server.ask("/v1/completions", {**COMPLETION, "n": 2}, key=keys["one"]).status == 400
     for body in (COMPLETION, {"model": "x", "prompt": "a"}, {"model": 1}, COMPLETION):
         assert server.ask("/v1/completions", body, key=keys["one"]).status != 429
 

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def let(server: Server, events: int) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_everything(stream: bool, tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
-    key = add_key(path, "ada", ["inference"], at_once=1)
+    key = add_key(path, "ada", ["inference"], at_once=2)
     with served(slow_server(keys=path)) as server:
         caller = Caller(server, {**LONG, "stream": stream, "n": 2}, key)
         if stream:
@@ -89,8 +90,9 @@ def test_a_client_that_hangs_up_frees_everything(stream: bool, tmp_path: Path) -
         assert server.catalogue.leases[0].released.wait(PATIENCE)
         eventually(lambda: server.front.doorway.in_flight == 0)
         server.engine.pace = None
-        assert server.ask("/v1/completions", LONG, key=key).status == 200  # its one place is free
-        assert server.front.meters.finished == {"abort": 2, "length": 1}
+        again = server.ask("/v1/completions", {**LONG, "n": 2}, key=key)
+        assert again.status == 200  # both of its places are free
+        assert server.front.meters.finished == {"abort": 2, "length": 2}
 
 
 def test_one_that_hangs_up_leaves_the_others_alone() -> None:
@@ -119,6 +121,20 @@ def test_a_body_that_does_not_come_is_408() -> None:
             while more := slow.recv(65536):  # the connection ends with the answer
                 heard += more
         assert heard.startswith(b"HTTP/1.1 408") and b"RequestTimeoutError" in heard
+
+
+def test_heads_without_end_are_refused() -> None:
+    with served(scripted_front()) as server:
+        with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as flood:
+            flood.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: ")
+            heard = b""
+            with suppress(OSError):  # it may hang up while we still send
+                for _ in range(64):
+                    flood.sendall(b"x" * 16384)
+                while more := flood.recv(65536):
+                    heard += more
+        assert heard.startswith(b"HTTP/1.1 4") or not heard
+        assert server.front.doorway.in_flight == 0 and not server.front.meters.answers
 
 
 def test_a_client_that_goes_before_its_body_came_is_forgotten() -> None:
