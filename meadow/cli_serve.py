@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,12 @@ def _serve(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         import torch
 
         torch.set_num_threads(options.threads)
-    with Display(console) as display:
-        display.enter("loading")
+    with ExitStack() as while_loading:
+        while_loading.enter_context(Display(console)).enter("loading")
 
         def opened(now: Opened) -> None:
+            while_loading.close()  # a panel would draw over what is said from here on
             found.append(now)
-            display.enter("serving")
             for line in _greeting(now, options.keys is not None):
                 Console(soft_wrap=True, markup=False, highlight=False).print(line)
 

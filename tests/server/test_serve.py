@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ from peft import PeftModel
 from served_registry import LENGTH, ServedRegistry
 from transformers import AutoModelForCausalLM
 
+from meadow.errors import StorageError
+from meadow.server.registry_leases import Leases
 from meadow.server.serving.engine import EngineOptions
 from meadow.server.serving.serve import ServeOptions, opened_front
 from meadow.server.serving.tenants import Tenants
@@ -322,3 +325,59 @@ def test_a_registry_that_goes_away_and_comes_back(shelf: ServedRegistry) -> None
         assert version(server, "news@canary") == "news@v2"
         shelf.publish(3)
         eventually(lambda: version(server) == "news@v3")
+
+
+def test_a_full_disk_keeps_only_what_is_new_from_being_served(
+    shelf: ServedRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To open a version, the registry notes on disk that it is in use."""
+    shelf.publish(1)
+    shelf.publish(2, "canary")
+
+    def full(*what: object) -> None:
+        raise StorageError("cannot write /srv/registry: the disk is full")
+
+    with serving(shelf) as server:
+        before = ids(server, "news")
+        with monkeypatch.context() as patch:
+            patch.setattr(Leases, "take", full)
+            reply = server.ask("/v1/completions", {"model": "news@canary", "prompt": "a"})
+            assert reply.status == 503 and "/srv" not in reply.error["message"]
+            assert ids(server, "news") == before
+        assert version(server, "news@canary") == "news@v2"
+
+
+@pytest.mark.long
+def test_a_thousand_flips_under_load(shelf: ServedRegistry) -> None:
+    """No request fails, and every answer is one version's, token by token."""
+    shelf.publish(1)
+    shelf.publish(2, "")
+    with serving(shelf) as server:
+        expected = {f"news@v{number}": ids(server, f"news@v{number}") for number in (1, 2)}
+        assert expected["news@v1"] != expected["news@v2"]
+        seen, faults, done = Counter[str](), list[BaseException](), threading.Event()
+
+        def call() -> None:
+            try:
+                while not done.is_set():
+                    told = ask(server, ignore_eos=True)
+                    assert told["choices"][0]["token_ids"] == expected[told["model"]]
+                    seen[told["model"]] += 1
+            except BaseException as error:
+                faults.append(error)
+
+        callers = [threading.Thread(target=call) for _ in range(4)]
+        for caller in callers:
+            caller.start()
+        for flip in range(1000):
+            if flip % 2:
+                shelf.registry.rollback("news")
+            else:
+                shelf.registry.promote("news@v2")
+        done.set()
+        for caller in callers:
+            caller.join(PATIENCE)
+        assert not faults, faults
+        assert min(seen[name] for name in expected) > 0
+        eventually(lambda: version(server) == "news@v1")
+        assert server.ask("/health").body == b""
