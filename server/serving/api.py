@@ -33,6 +33,7 @@ def application(front: Front) -> FastAPI:
     )
     _add_answers(app, front)
     _add_models(app, front)
+    _add_health(app, front)
     _add_upkeep(app, front)
     return app
 
@@ -89,7 +90,7 @@ def _model(card: Card) -> dict[str, Any]:
     }
 
 
-def _add_upkeep(app: FastAPI, front: Front) -> None:
+def _add_health(app: FastAPI, front: Front) -> None:
     @app.get("/health", response_model=None)
     async def health() -> Response:
         """Empty is well; 503 while we are leaving, and once the engine broke down."""
@@ -103,6 +104,8 @@ def _add_upkeep(app: FastAPI, front: Front) -> None:
         registry = "cannot be read" if found.registry else "ok"
         return JSONResponse({"registry": registry, "aliases_behind": len(found.behind)})
 
+
+def _add_upkeep(app: FastAPI, front: Front) -> None:
     @app.get("/metrics", response_model=None)
     async def prometheus(request: Request) -> Response:
         front.tenants.caller(request.headers.get("authorization"), "admin")
