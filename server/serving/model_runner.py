@@ -111,7 +111,7 @@ class ModelRunner(Closeable):
         self._config._attn_implementation = IMPLEMENTATION
         try:
             found = self._in_parts(tokens)
-        except (TypeError, AttributeError, ValueError, RuntimeError) as error:
+        except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
             raise ModelError(f"{self.base.name} cannot be served: {error}", _HINT) from error
         exact = own.dtype == self.kv.data.dtype == torch.float32
         bound = (1e-3 if exact else 0.1) * max(1.0, float(own.abs().max()))
