@@ -6,10 +6,11 @@ with the adapter's scaling folded in.  B is kept transposed because one row's pr
 along memory: at r = 8 a third of the time.
 
 A packed batch has its tokens in one line: first the rows that decode, one token each, then
-segments of prompts.  `ServingSlots.compose` chooses the order of both, so that whatever uses a
-group lies together, and copies each decoding row's adapter beside its neighbours'.  That copy is
-kept: a row that joins or leaves costs its own adapter's, and every other step none.  Tokens of
-the base are in no group and cost nothing; tokens that all use one adapter are a plain product.
+segments of prompts.  `ServingSlots.compose` chooses the order of both, so that what uses a group
+lies together, and by its slots.  Where rows that decode use slots that are scattered, a copy of
+their adapters is gathered, and kept: a row that joins or leaves costs one adapter's copy, and every
+other step none.  Tokens of the base are in no group and cost nothing; neighbouring tokens that use
+one adapter are a plain product.
 """
 
 from __future__ import annotations

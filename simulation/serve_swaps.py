@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +55,12 @@ class Many:
         return self.stats.slot_hits / max(1, self.stats.slot_hits + self.stats.slot_misses)
 
 
-def measure_swaps(swaps: int, versions: int = 6) -> Swaps:
+def measure_swaps(swaps: int, versions: int = 6, *, awaited: bool = True) -> Swaps:
     """Move an alias between versions while clients ask for it; compare each answer's tokens with
-    those of its version alone."""
+    those of its version alone.
+
+    Each move is `awaited` until somebody is answered by it: else the load would see few of many.
+    """
     base, options = tiny_base(), EngineOptions(max_rows=4, slots=3, prefill_tokens=8)
     with TemporaryDirectory() as root, registry_of(Path(root), base) as (registry, blueprint):
         for seed in range(versions):
@@ -70,13 +73,12 @@ def measure_swaps(swaps: int, versions: int = 6) -> Swaps:
                 for number in range(1, versions + 1)
                 for at, prompt in enumerate(_PROMPTS)
             }
-            answers = _answers_during(server, registry, swaps, versions)
+            moves = _moves(registry, server, swaps, versions, awaited=awaited)
+            answers = _answers_during(server, moves)
     return _judged(swaps, answers, alone)
 
 
-def _answers_during(
-    server: Server, registry: Registry, swaps: int, versions: int
-) -> list[tuple[int, Answer]]:
+def _answers_during(server: Server, moves: Callable[[], None]) -> list[tuple[int, Answer]]:
     """Every answer that began while the alias moved, with its prompt's number."""
     ended = threading.Event()
 
@@ -90,23 +92,29 @@ def _answers_during(
     with ThreadPoolExecutor(_CLIENTS) as pool:
         clients = [pool.submit(client, number) for number in range(_CLIENTS)]
         try:
-            _move(registry, server, swaps, versions)
+            moves()
         finally:
             ended.set()
         return [heard for done in clients for heard in done.result()]
 
 
-def _move(registry: Registry, server: Server, swaps: int, versions: int) -> None:
-    """Each move is seen by somebody before the next one: else the load would see few of them."""
-    draw, now = random.Random(0), 1
-    for swap in range(swaps):
-        if swap % 5 == 4:
-            now = registry.rollback(NAME).number
-        else:
-            now = draw.choice([n for n in range(1, versions + 1) if n != now])
-            registry.promote(f"{NAME}@v{now}")
-        while server.ask(NAME, _PROMPTS[0], 1, "mover").version != f"v{now}":
-            pass
+def _moves(
+    registry: Registry, server: Server, swaps: int, versions: int, *, awaited: bool
+) -> Callable[[], None]:
+    """Promotions, and every fifth time a rollback."""
+
+    def move() -> None:
+        draw, now = random.Random(0), 1
+        for swap in range(swaps):
+            if swap % 5 == 4:
+                now = registry.rollback(NAME).number
+            else:
+                now = draw.choice([n for n in range(1, versions + 1) if n != now])
+                registry.promote(f"{NAME}@v{now}")
+            while awaited and server.ask(NAME, _PROMPTS[0], 1, "mover").version != f"v{now}":
+                pass
+
+    return move
 
 
 def _judged(

@@ -21,6 +21,7 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._before = list(prompt[-_CONTEXT:])  # tokens whose text is out already
         self._after: list[int] = []
+        self._out = len(self._decode(self._before))  # characters of those
 
     def add(self, token: int) -> str:
         """The text that is complete with this token."""
@@ -35,12 +36,12 @@ class Detokenizer:
         return self._shown(self._text()) if self._after else ""
 
     def _text(self) -> str:
-        before = self._decode(self._before)
-        return self._decode(self._before + self._after)[len(before) :]
+        return self._decode(self._before + self._after)[self._out :]
 
     def _shown(self, text: str) -> str:
         if text:  # a token without text has to be seen together with the next
             self._before, self._after = self._after, []
+            self._out = len(self._decode(self._before))
         return text
 
     def _decode(self, tokens: list[int]) -> str:

@@ -52,6 +52,14 @@ def test_no_version_is_mixed_with_another_during_200_swaps() -> None:
     assert found.distinct == found.versions == 6
 
 
+@pytest.mark.long
+def test_a_thousand_flips_under_load_fail_nobody() -> None:
+    """As fast as the registry takes them."""
+    found = measure_swaps(1000, awaited=False)
+    assert found.failed == found.mixed == 0, found.first_error
+    assert found.answers > 100 and found.versions > 3
+
+
 def test_the_cases_that_others_name_are_there() -> None:
     assert serve_bench.CASES == (
         "base_share_27m", "base_share_105m", "base_share_27m_rank64_mix", "churn_share_27m",
