@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import ModelError
 from .layout import Site, Tree, modules_of
 
 SMALLEST_RANK = 8
@@ -216,17 +217,23 @@ _Work = tuple[int, int, tuple[int, int], Tensor, Tensor]
 
 
 class ServedLinear(nn.Module):
-    """`y = W x`, and for each run of tokens B A x of their adapters.  x is (1, tokens, in)."""
+    """`y = W x`, and for each run of tokens B A x of their adapters; x is (..., in), all tokens of
+    the batch in their order."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
         self.work: list[_Work] = []
+        self.tokens = -1  # of the batch; -1: there is none
 
     def forward(self, x: Tensor) -> Tensor:
+        """Raises ModelError in a model that gives a layer other tokens than the batch's."""
         y: Tensor = self.base(x)
+        tokens, sums = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        if self.tokens not in (-1, len(tokens)):
+            raise ModelError("a layer is not given all tokens", "such a base cannot be served")
         for start, stop, shape, a, b in self.work:
-            own, out = x[0, start:stop], y[0, start:stop]
+            own, out = tokens[start:stop], sums[start:stop]
             if shape[0] == 1:
                 out.addmm_((a @ own.mT).mT, b)
             elif shape[1] == 1:
@@ -291,6 +298,7 @@ class ServingSlots:
         runs += self._segment_runs(ordered, len(rows))
         for index, (site, layer) in enumerate(zip(self.sites, self.layers, strict=True)):
             layer.work = [_work(run, index) for run in runs if site.name in run.modules]
+            layer.tokens = len(decode) + sum(segment.length for segment in segments)
         return Order(tuple(rows), tuple(order_of_segments))
 
     def _segment_runs(self, segments: Sequence[Segment], start: int) -> Iterator[_Run]:

@@ -106,10 +106,10 @@ class ModelRunner(Closeable):
         vocabulary = int(self._config.get_text_config().vocab_size)
         length = min(9, self.kv.length)
         tokens = [(7 + 13 * at) % vocabulary for at in range(length)]
-        device = self.base.device
-        own = self._model(input_ids=torch.tensor([tokens], device=device)).logits[0, -1].float()
-        self._config._attn_implementation = IMPLEMENTATION
+        ids = torch.tensor([tokens], device=self.base.device)
         try:
+            own = self._model(input_ids=ids).logits[0, -1].float()
+            self._config._attn_implementation = IMPLEMENTATION
             found = self._in_parts(tokens)
         except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
             raise ModelError(f"{self.base.name} cannot be served: {error}", _HINT) from error

@@ -114,7 +114,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query (1, heads, tokens, width), key and value (1, fewer
     heads, tokens, width); gives (1, tokens, heads, width)."""
-    unknown = [name for name, value in others.items() if value is not None and name not in _SEEN]
+    asked = (name for name, value in others.items() if value is not None and value is not False)
+    unknown = [name for name in asked if name not in _SEEN]
     if unknown or attention_mask is not None:
         raise ModelError(f"this base's attention cannot be served: {unknown or 'its own mask'}")
     data = packed.kv.data[int(module.layer_idx)]  # type: ignore[arg-type]

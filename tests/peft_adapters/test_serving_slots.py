@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from served_models import all_sites, random_tree, small_base
 from torch import Tensor, nn
 
+from meadow.errors import ModelError
 from meadow.peft_adapters.layout import Site, Tree
 from meadow.peft_adapters.pool import Pool
 from meadow.peft_adapters.serving_slots import (
@@ -91,7 +91,7 @@ def test_segments_equal_peft_mixed_batch(both: Both, names: list[str], length: i
     ids = torch.randint(0, 64, (len(names), length))
     expected = both.peft(input_ids=ids, adapter_names=names).logits
     order = both.slots.compose([], [Segment(place(name), length) for name in names])
-    found = layer_by_layer(both, ids[list(order.segments)])
+    found = both.ours(input_ids=ids[list(order.segments)]).logits
     torch.testing.assert_close(found, expected[list(order.segments)], rtol=1e-9, atol=1e-9)
 
 
@@ -103,36 +103,8 @@ def test_decoding_rows_equal_peft_mixed_batch(both: Both, names: list[str]) -> N
     ids = torch.randint(0, 64, (len(names), 1))
     expected = both.peft(input_ids=ids, adapter_names=names).logits
     order = both.slots.compose([place(name) for name in names], [])
-    found = layer_by_layer(both, ids[list(order.decode)])
+    found = both.ours(input_ids=ids[list(order.decode)]).logits
     torch.testing.assert_close(found, expected[list(order.decode)], rtol=1e-9, atol=1e-9)
-
-
-def layer_by_layer(both: Both, ids: Tensor) -> Tensor:
-    """The model over rows (n, length), its adapted layers over their tokens in one line."""
-    with in_one_line(both.slots):
-        logits: Tensor = both.ours(input_ids=ids).logits
-    return logits
-
-
-class in_one_line:
-    """Lets a model of rows run on layers that take (1, tokens, in)."""
-
-    def __init__(self, slots: ServingSlots) -> None:
-        self.layers = slots.layers
-
-    def __enter__(self) -> None:
-        for layer in self.layers:
-            own = partial(self.flattened, type(layer).forward, layer)
-            layer.forward = own  # type: ignore[method-assign]
-
-    def __exit__(self, *_: object) -> None:
-        for layer in self.layers:
-            del layer.forward
-
-    @staticmethod
-    def flattened(forward: Any, layer: nn.Module, x: Tensor) -> Tensor:
-        y: Tensor = forward(layer, x.reshape(1, -1, x.shape[-1]))
-        return y.view(*x.shape[:-1], -1)
 
 
 class Layer:
@@ -232,6 +204,15 @@ def test_one_adapter_alone_is_a_plain_product(monkeypatch: pytest.MonkeyPatch) -
     layer.write(Place(8, 1), 1)
     monkeypatch.delattr(torch, "bmm")
     layer.check([Place(8, 1)] * 5, [Segment(Place(8, 1), 4)])
+
+
+def test_a_layer_that_sees_only_some_of_the_tokens_is_refused() -> None:
+    """Experts, of which each is given its own: nobody could say whose they are."""
+    layer = Layer()
+    layer.slots.compose([None, None], [])
+    layer.model(torch.ones(2, 6))
+    with pytest.raises(ModelError, match="not given all tokens"):
+        layer.model(torch.ones(1, 1, 6))
 
 
 def test_detaching_gives_the_layers_back() -> None:
