@@ -77,7 +77,8 @@ class Engine(Closeable):
         )
         self._changed = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()  # what the engine's thread is to do
-        self._queued = 0  # requests in the inbox
+        self._queued = 0  # requests that were taken and are not in `_stats` yet
+        self._arrived = 0  # of those, what the engine's thread has seen
         self._open, self._stopping, self._busy = True, False, False
         self._ends = _ends(base)
         self._fault = ""  # why the engine cannot go on
@@ -163,7 +164,7 @@ class Engine(Closeable):
             raise OverloadedError(f"{waiting} requests are waiting", seconds, "try again later")
 
     def _is_idle(self) -> bool:
-        return not (self._inbox or self._stats.running or self._stats.waiting)
+        return not (self._queued or self._stats.running or self._stats.waiting)
 
     def _wake(self) -> None:
         with self._changed:
@@ -220,7 +221,7 @@ class Engine(Closeable):
 
     def _arrive(self, request: LiveRequest) -> None:
         self._batcher.arrive(request)
-        self._queued -= 1
+        self._arrived += 1
 
     def _warmed(self, model: Served) -> None:
         self._batcher.warmed(model)
@@ -231,6 +232,7 @@ class Engine(Closeable):
         stats = snapshot(self._batcher)
         with self._changed:
             self._stats, self._busy = stats, busy
+            self._queued, self._arrived = self._queued - self._arrived, 0
             self._changed.notify_all()
 
     def _break_down(self, error: str) -> None:

@@ -194,6 +194,16 @@ def test_draining_answers_what_is_there_and_takes_nothing_new() -> None:
             Asked(engine, greedy(1), 0)
 
 
+def test_drained_is_not_said_before_it_is_true() -> None:
+    """Also right after a request was taken, before anybody has looked at it."""
+    with opened() as (engine, _):
+        for _ in range(30):
+            asked = Asked(engine, greedy(1), 0)
+            with engine._changed:  # as `drain`, which would let nothing in any more
+                assert engine._changed.wait_for(engine._is_idle, PATIENCE)
+            assert asked.events
+
+
 def test_closing_aborts_what_is_left_and_gives_the_base_back() -> None:
     base = small_base()
     ids = torch.tensor([[3, 4, 5]])
