@@ -35,6 +35,7 @@ class LiveRequest:
         self.row: Row | None = None  # while it runs
         self.place: Place | None = None  # of its adapter, while it runs
         self.cached = self.generated = 0
+        self.reason = ""  # how it ended, once it has
         self.chooser = Chooser(job.sampling)
         self._last = -1  # the newest token, which is not computed yet
         self._ends = () if job.sampling.ignore_eos else ends
@@ -96,9 +97,6 @@ class LiveRequest:
     def fail(self, error: str) -> None:
         self.reason = "failed"
         self._tell(Failed(error))
-
-    reason = ""
-    """How it ended, once it has."""
 
     def _finish(self, reason: Literal["stop", "length", "abort"], text: str) -> None:
         self.reason = reason
