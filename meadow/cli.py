@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from . import (
     cli_coordinator,
     cli_peer,
     cli_publish,
+    cli_serve,
     cli_simulate,
 )
 from .config import Config, load, options_of, write
@@ -98,6 +99,9 @@ def _add_tools(commands: Any) -> None:
     adapters = commands.add_parser("adapters", help="the registry of signed adapters")
     cli_adapters.add_commands(adapters.add_subparsers(required=True, metavar="COMMAND"), _command)
 
+    cli_serve.add_serve(commands, _command, _count, _positive)
+    keys = commands.add_parser("keys", help="who may ask a server")
+    cli_serve.add_keys(keys.add_subparsers(required=True, metavar="COMMAND"), _command, _count)
     cli_publish.add_command(commands, _command)
 
     peer = commands.add_parser("peer", help="a run without a coordinator")
@@ -106,7 +110,9 @@ def _add_tools(commands: Any) -> None:
     )
 
     bench = _command(commands, "bench", _bench, "measure, and write a table")
-    bench.add_argument("name", choices=["strategies", "refine", "zo", "zo-learning", "deploy"])
+    bench.add_argument(
+        "name", choices=["strategies", "refine", "zo", "zo-learning", "deploy", "serve"]
+    )
     bench.add_argument("--out", type=Path, default=Path("bench"), help="folder for the tables")
     bench.add_argument(
         "--model", default="", help="base model (default: stories260K of MEADOW_MODELS)"
@@ -204,6 +210,7 @@ def _strategies(options: argparse.Namespace, console: Console) -> list[dict[str,
     return found
 
 
+_Measure = Callable[..., tuple[dict[str, Any], str]]
 _FLAGS = {
     "mixed_ranks": "mixed ranks",
     "quantized_base": "quantised base",
@@ -251,10 +258,11 @@ def _pool(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from .simulation import bench, deploy_bench, zo_bench
+    from .simulation import bench, deploy_bench, serve_bench, zo_bench
 
-    own = dict.fromkeys(zo_bench.NAMES, zo_bench.run)
-    measure = deploy_bench.run if options.name == "deploy" else own.get(options.name, bench.run)
+    own: dict[str, _Measure] = {"deploy": deploy_bench.run, "serve": serve_bench.run}
+    own |= dict.fromkeys(zo_bench.NAMES, zo_bench.run)
+    measure = own.get(options.name) or bench.run
     seeds = options.seeds or (5 if options.name == "zo-learning" else 3)
     with Display(console) as display:
         report, text = measure(

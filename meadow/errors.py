@@ -19,6 +19,11 @@
     ├── RegistryError        a version, alias or signer that does not allow what is asked
     │   ├── UnknownAdapterError   no such adapter, version or alias
     │   └── PromotionError   a gate refuses a version; `reasons` say why
+    ├── ServingError         a request that cannot be served
+    │   ├── UnknownModelError    no such base, adapter, alias or version
+    │   ├── TooLongError         more tokens than `limit`
+    │   ├── OverloadedError      too many requests wait; `retry_after` seconds
+    │   └── StoppedError         the server is ending, or its engine broke down
     ├── ReplicaError         a server that adapters are published to: away, or it refuses
     ├── PolicyError          a request that a participant's policy does not allow
     └── TrainerError         the resident trainer does not run, or refuses
@@ -136,6 +141,34 @@ class PromotionError(RegistryError):
     def __init__(self, message: str, reasons: Sequence[str], hint: str = "") -> None:
         super().__init__(f"{message}: {'; '.join(reasons)}", hint)
         self.reasons = tuple(reasons)
+
+
+class ServingError(MeadowError):
+    """A request that cannot be served."""
+
+
+class UnknownModelError(ServingError):
+    """No base, adapter, alias or version of this name is served."""
+
+
+class TooLongError(ServingError):
+    """A prompt that, with what was asked for, has more tokens than `limit`."""
+
+    def __init__(self, message: str, limit: int, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.limit = limit
+
+
+class OverloadedError(ServingError):
+    """Too many requests wait; this one may come again after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.retry_after = retry_after
+
+
+class StoppedError(ServingError):
+    """The server is ending and takes nothing new, or its engine broke down."""
 
 
 class ReplicaError(MeadowError):

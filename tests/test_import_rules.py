@@ -24,6 +24,7 @@ FREE = (
     "meadow/cli_coordinator.py",
     "meadow/cli_client.py",
     "meadow/cli_peer.py",
+    "meadow/cli_serve.py",
     "meadow/cli_simulate.py",
     "meadow/cli_publish.py",
 )  # may import all, and print
@@ -127,6 +128,13 @@ def test_only_a_few_files_import_flower(path: Path) -> None:
     used = {name for name in imports(path) if name.partition(".")[0] == "flwr"}
     allowed = FLOWER.get(path.as_posix(), set())
     assert {name.rpartition(".")[0] for name in used} == allowed
+
+
+def test_serving_has_an_engine_without_asyncio_and_a_front_without_torch(path: Path) -> None:
+    if path.parent.as_posix() != "server/serving":
+        return
+    used = {name.partition(".")[0] for name in imports(path)}
+    assert not ("torch" in used and used & {"asyncio", "fastapi", "starlette", "uvicorn"})
 
 
 def calls(node: ast.AST) -> set[str]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,35 @@ def test_bytes_instead_of_gradients_following_the_readme_only(tmp_path: Path) ->
     written = (tmp_path / "runs/bytes/metrics.jsonl").read_text().splitlines()
     last = json.loads(written[-1])
     assert last["round"] == 10 and last["loss"] < json.loads(written[0])["loss"]
+
+
+@pytest.mark.long
+def test_serving_following_the_readme_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train with the demo, serve, call; the call by Python, for curl may be missing."""
+    (block,) = code(section("Serve it"), "sh")
+    train, serve, call = (shlex.split(line) for line in block.splitlines())
+    monkeypatch.setenv("MEADOW_HOME", str(tmp_path / "home"))
+    meadow(tmp_path, *train[1:], "--quick")
+    address = f"127.0.0.1:{free_port()}"
+    log = tmp_path / "serve.log"
+    with log.open("wb") as output:
+        command = [sys.executable, "-m", "meadow.cli", *serve[1:], "--listen", address]
+        server = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 120
+        while "\ncurl " not in log.read_text():
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        assert call[0] == "curl" and call[2] == "-H" and call[4] == "-d"
+        name, _, value = call[3].partition(": ")
+        url = call[1].replace("127.0.0.1:8000", address)
+        request = urllib.request.Request(url, call[5].encode(), {name: value})
+        with urllib.request.urlopen(request) as answer:
+            told = json.load(answer)
+        assert told["model"] == "demo@v1" and told["usage"]["completion_tokens"] > 0
+    finally:
+        server.terminate()
+        assert server.wait(60) == 0, log.read_text()
 
 
 @pytest.mark.long
