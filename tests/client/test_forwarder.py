@@ -295,6 +295,7 @@ def test_who_is_suspended_waits(place: Site, tmp_path: Path) -> None:
         assert machine.ask().status_code == 200
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("status", [400, 403, 404, 500])
 def test_the_superlinks_own_word_reaches_the_supernode(machine: Local, status: int) -> None:
     machine.place.superlink.answers[RUN] = (status, b'{"detail": "because"}')

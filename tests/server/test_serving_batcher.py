@@ -116,9 +116,9 @@ def test_tokens_are_those_of_each_request_alone(
 def test_a_prefix_is_reused_within_an_adapter_and_a_tenant_only(runner: ModelRunner) -> None:
     desk, prompt = Desk(runner), list(range(2, 26))
     for model, tenant, cached in [
-        (1, "t", 0), (1, "t", 23), (2, "t", 0), (0, "t", 0), (1, "u", 0), (0, "t", 23),
-        (2, "t", 23),
-    ]:  # fmt: skip
+        (1, "ada", 0), (1, "ada", 23), (2, "ada", 0), (0, "ada", 0), (1, "bob", 0),
+        (0, "ada", 23), (2, "ada", 23),
+    ]:  # fmt: skip  # who has asked nothing before
         _, events = desk.ask(prompt, Sampling(4, temperature=0), model, tenant)
         desk.finish()
         last = events[-1]
