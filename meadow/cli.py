@@ -429,7 +429,7 @@ def _bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .simulation import bench, deploy_bench, serve_bench, zo_bench
 
     own: dict[str, _Measure] = {"deploy": deploy_bench.run, "serve": serve_bench.run}
-    own |= {name: zo_bench.run for name in zo_bench.NAMES}
+    own |= dict.fromkeys(zo_bench.NAMES, zo_bench.run)
     measure = own.get(options.name) or bench.run
     seeds = options.seeds or (5 if options.name == "zo-learning" else 3)
     with Display(console) as display:
