@@ -30,6 +30,8 @@ _LOOK_SECONDS = 1.0
 
 _GONE = "it does not take part any more"
 
+Door = Callable[[], object]
+"""What changes whenever another gateway begins; None while there is none."""
 Nodes = Callable[[], Mapping[str, int]]
 """The participants that may be asked, by name, and the Flower node of each."""
 
@@ -43,6 +45,7 @@ class GridPeers:
     """Flower's nodes as `Peers`: one message and one reply in memory at a time.
 
     `elsewhere` says that the nodes are other machines, whose replies may come slowly or not at all.
+    `door` tells one gateway from the next: what a gateway that was killed had in hand is lost.
     What is lost on its way, because a process at either end was killed, is asked again once the
     node is online: a participant answers with the same bytes.  Replies that come when nobody waits
     for them any more are pulled and dropped, by name.
@@ -56,9 +59,10 @@ class GridPeers:
         poll: float = 0.0,
         on_late: Callable[[str], None] = lambda name: None,
         elsewhere: bool = False,
+        door: Door = lambda: None,
     ) -> None:
         self._grid, self._nodes, self._groups = grid, nodes, groups
-        self._poll, self._on_late = poll, on_late
+        self._poll, self._on_late, self._door = poll, on_late, door
         self._replies: Replies[Message] = (Collector if elsewhere else Direct)(self._pull_one)
         self._late: dict[str, str] = {}  # message id to name
 
@@ -77,7 +81,7 @@ class GridPeers:
         deadline_seconds: float,
     ) -> Iterator[tuple[str, bytes | Refusal]]:
         deadline = time.monotonic() + deadline_seconds
-        begun = Begun(self._grid)
+        begun = Begun(self._grid, self._door)
         pending = self._push(verb, names, payload, deadline_seconds)
         lost: set[str] = set()
         try:
@@ -150,20 +154,31 @@ class GridPeers:
 
 
 class Begun:
-    """When each SuperNode has begun; a grid without processes of its own says it of none."""
+    """When each SuperNode has begun, and the gateway before them all; a grid without processes of
+    its own says it of none."""
 
-    def __init__(self, grid: Grid, clock: Callable[[], float] = time.monotonic) -> None:
-        self._grid, self._clock = grid, clock
+    def __init__(
+        self,
+        grid: Grid,
+        door: Door = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._grid, self._door, self._clock = grid, door, clock
+        self._entered = door()
         self._known = self._now()
         self._not_before = clock() + _LOOK_SECONDS
 
     def anew(self) -> set[int]:
-        """The nodes that have begun anew since the last look, which is now and then."""
+        """The nodes that have begun anew since the last look, which is now and then; all of them
+        where the gateway has."""
         if self._clock() < self._not_before:
             return set()
         self._not_before = self._clock() + _LOOK_SECONDS
-        before, self._known = self._known, self._known | self._now()
-        return {node for node, begun in before.items() if self._known[node] != begun}
+        before, self._entered = self._entered, self._door() or self._entered
+        if before != self._entered:
+            return set(self._known | self._now())
+        known, self._known = self._known, self._known | self._now()
+        return {node for node, begun in known.items() if self._known[node] != begun}
 
     def note(self, nodes: Iterable[int]) -> None:
         """These are asked now: only what comes after counts."""
@@ -209,9 +224,13 @@ app = ServerApp()
 @app.main()
 def deployed(grid: Grid, context: Context) -> None:
     from . import deployment  # loads torch
+    from .coordinator_home import CoordinatorHome
+
+    folder = Path(os.environ["MEADOW_COORDINATOR"])
+    door = CoordinatorHome(folder).which_gateway
 
     def peers_of(nodes: Nodes, on_late: Callable[[str], None]) -> GridPeers:
         poll, alone = deployment.POLL_SECONDS, deployment.alone
-        return GridPeers(grid, nodes, alone, poll, on_late, elsewhere=True)
+        return GridPeers(grid, nodes, alone, poll, on_late, elsewhere=True, door=door)
 
-    deployment.serve(Path(os.environ["MEADOW_COORDINATOR"]), peers_of)
+    deployment.serve(folder, peers_of)

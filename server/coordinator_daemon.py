@@ -45,7 +45,6 @@ class CoordinatorDaemon:
         self.authority = Authority.open(home.authority, disk)
         self.engine = FlowerEngine(home.flower, disk)
         self.engine.prepare(self.authority)
-        self._gateway_ready = home.folder / "gateway.port"
         self._tail = EventTail(home.run / "events.jsonl")
         self._inbox = NoteTail(observer)
         self._app = _ServerApp(home, self.engine, observer)
@@ -88,8 +87,8 @@ class CoordinatorDaemon:
         command += ["--folder", str(self.home.folder), "--listen", coordinator.listen]
         command += ["--superlink", f"127.0.0.1:{self.engine.port}"]
         command += ["--superlink-authority", str(self.engine.authority_file)]
-        command += ["--ready", str(self._gateway_ready)]
-        return Program("gateway", lambda: command, ready_file=self._gateway_ready)
+        command += ["--ready", str(self.home.gateway)]
+        return Program("gateway", lambda: command, ready_file=self.home.gateway)
 
     def _approve_invited(self, roster: Roster) -> None:
         """Where an invitation is enough, whoever used one takes part."""

@@ -98,6 +98,19 @@ class CoordinatorHome:
         return self.run / "finished.json"
 
     @property
+    def gateway(self) -> Path:
+        """The gateway's port, as text; written anew whenever a gateway begins to listen."""
+        return self.folder / "gateway.port"
+
+    def which_gateway(self) -> tuple[int, int] | None:
+        """Differs between one gateway and the next; None while none listens."""
+        try:
+            found = self.gateway.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    @property
     def server_app(self) -> Path:
         """The process id of the server app that works on the run, for people."""
         return self.run / "server-app.pid"

@@ -135,19 +135,19 @@ def test_serving_following_the_readme_only(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.long
-def test_a_deployment_following_the_readme_only(tmp_path: Path) -> None:
+def test_a_deployment_following_the_readme_only(short_path: Path) -> None:
     """One operator, one participant; `meadow demo --deploy` has a test of its own."""
     demo, operators, participants = code(section("Deploy it"), "sh")
     assert demo.strip() == "meadow demo --deploy"
     init, start, approve, status = (shlex.split(x, comments=True) for x in operators.splitlines())
     join, take_part = (shlex.split(x) for x in participants.splitlines())
-    with Machines(tmp_path) as machines:
+    with Machines(short_path) as machines:
         machines.finish("operator", init)
-        _shorten(tmp_path / "operator" / "run.toml")
+        _shorten(short_path / "operator" / "run.toml")
         coordinator = machines.start("operator", start)
         said = machines.eventually(lambda: re.search(r"(meadow1:\S+)", machines.said(coordinator)))
         rows = code(section("Your own text"), "json")[0].splitlines()[:2]
-        folder = tmp_path / "participant" / "FOLDER"
+        folder = short_path / "participant" / "FOLDER"
         folder.mkdir()
         (folder / "notes.txt").write_text(
             "\n".join(json.loads(row)["response"] for row in rows * 9)
@@ -164,11 +164,11 @@ def test_a_deployment_following_the_readme_only(tmp_path: Path) -> None:
         machines.start("participant", take_part)
         machines.finish("operator", status)
         assert coordinator.wait(300) == 0, machines.said(coordinator)
-    assert (tmp_path / "operator/coordinator/run/adapter/adapter_model.safetensors").is_file()
-    operator = Identity.load_or_create(tmp_path / "operator/home/identity.pem")
-    with Registry.open(tmp_path / "operator/home/registry", operator) as registry:
+    assert (short_path / "operator/coordinator/run/adapter/adapter_model.safetensors").is_file()
+    operator = Identity.load_or_create(short_path / "operator/home/identity.pem")
+    with Registry.open(short_path / "operator/home/registry", operator) as registry:
         assert registry.verify("mail@v1").provenance.participants == 1
-    assert not (tmp_path / "participant/home/registry").exists()
+    assert not (short_path / "participant/home/registry").exists()
 
 
 def _shorten(path: Path) -> None:

@@ -80,6 +80,19 @@ class Forgetful(Away):
         return int(self._queue[message_id].metadata.dst_node_id)
 
 
+class Lossy(Forgetful):
+    """Node 2's first message goes to a gateway that is killed with it in hand."""
+
+    def __init__(self, door: Callable[[], str | None]) -> None:
+        super().__init__(restarts=1)
+        self.door = door
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        found = super().pull_messages(message_ids)
+        self.began[2] = 0  # the node itself goes on
+        return found
+
+
 def peers_of(grid: LocalGrid, nodes: Callable[[], Mapping[str, int]] = lambda: NODES) -> GridPeers:
     return GridPeers(grid, nodes, lambda cohort: [[name] for name in cohort])
 
@@ -135,6 +148,18 @@ def test_what_a_supernode_had_in_hand_when_it_began_anew_is_asked_again(
     grid = Forgetful(restarts)
     assert asked(peers_of(grid)) == {"ada": b"ada", "bob": b"bob"}
     assert grid.times == {1: 1, 2: 1} and grid.sent_to.count(2) == 1 + restarts
+
+
+def test_what_a_gateway_had_in_hand_when_it_was_killed_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of everybody who has not answered; for the time in which there is none nobody is asked."""
+    monkeypatch.setattr(app, "_LOOK_SECONDS", 0.0)
+    doors = iter(["first", "first", None, "second"])
+    grid = Lossy(lambda: next(doors, "second"))
+    peers = GridPeers(grid, lambda: NODES, lambda cohort: [[n] for n in cohort], door=grid.door)
+    assert asked(peers) == {"ada": b"ada", "bob": b"bob"}
+    assert grid.sent_to.count(2) == 2 and grid.sent_to.count(1) == 1
 
 
 def test_a_node_that_is_asked_again_is_known_to_have_begun_anew() -> None:
