@@ -11,25 +11,34 @@ lies together, and by its slots.  Where rows that decode use slots that are scat
 their adapters is gathered, and kept: a row that joins or leaves costs one adapter's copy, and every
 other step none.  Tokens of the base are in no group and cost nothing; neighbouring tokens that use
 one adapter are a plain product.
+
+On a CUDA device Triton's kernels find each slot's tokens by an index (`serving_triton`): there the
+order stays as it is, and nothing is copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import importlib.util
+from collections.abc import Iterator, Sequence
 from itertools import groupby
-from operator import itemgetter
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
 from .layout import Site, Tree, modules_of
+from .slot_group import Factors, Packed, Run, SlotGroup
+
+__all__ = [
+    "Order", "Packed", "Place", "Segment", "ServedLinear", "ServingSlots", "has_kernels", "pack",
+    "padded_rank",
+]  # fmt: skip
 
 SMALLEST_RANK = 8
 _NONE = 2**31  # more than any rank
-_FEW = 2  # runs over the slots themselves that are preferred to a copy of them
+_KERNELS = (torch.float32, torch.bfloat16, torch.float16)
+_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class Place(NamedTuple):
@@ -53,20 +62,6 @@ class Order(NamedTuple):
     segments: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Packed:
-    """An adapter in the form of a slot, so that filling one is two copies."""
-
-    rank: int  # padded
-    a: Tensor  # (width of all A)
-    b: Tensor  # (width of all B^T), scaling folded in
-    modules: frozenset[str]
-
-    @property
-    def bytes(self) -> int:
-        return self.a.nbytes + self.b.nbytes
-
-
 def padded_rank(rank: int) -> int:
     """The rank of the group that an adapter belongs to: 8, 16, 32, ..."""
     return max(SMALLEST_RANK, 1 << (rank - 1).bit_length())
@@ -77,7 +72,7 @@ def pack(
 ) -> Packed:
     """An adapter (its tree in float32) as a slot holds it; layers that it leaves out are zero."""
     padded = padded_rank(rank)
-    factors = _Factors(sites, padded, 1, torch.device("cpu"), dtype)
+    factors = Factors(sites, padded, 1, torch.device("cpu"), dtype)
     present = frozenset(modules_of(tree))
     for site, a, b in zip(sites, factors.a_of, factors.b_of, strict=True):
         if site.name in present:
@@ -87,133 +82,22 @@ def pack(
     return Packed(padded, factors.a[0], factors.b[0], present)
 
 
-class _Factors:
-    """`count` adapters, each a row of `a` and a row of `b`; at site i `a_of[i]` (count, r, in) and
-    `b_of[i]` (count, r, out) are views of them."""
+class Work(Protocol):
+    """What a layer does for some of a batch's tokens."""
 
-    def __init__(
-        self,
-        sites: Sequence[Site],
-        rank: int,
-        count: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self.count = count
-        self.a, self.a_of = _rows([site.columns for site in sites], rank, count, device, dtype)
-        self.b, self.b_of = _rows([site.rows for site in sites], rank, count, device, dtype)
-
-    def copy(self, to: int, source: _Factors, at: int) -> None:
-        self.a[to], self.b[to] = source.a[at], source.b[at]
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add B A x to y; x is (all tokens, in), y (all tokens, out)."""
 
 
-def _rows(
-    widths: Sequence[int], rank: int, count: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, list[Tensor]]:
-    flat = torch.zeros(count, rank * sum(widths), dtype=dtype, device=device)
-    views, start = [], 0
-    for width in widths:
-        views.append(flat[:, start : start + rank * width].view(count, rank, width))
-        start += rank * width
-    return flat, views
+class Part(Protocol):
+    """Some of a batch's tokens, whose adapters are in one group."""
 
+    @property
+    def modules(self) -> frozenset[str]:
+        """The layers outside of which all of these adapters are zero."""
 
-@dataclass(frozen=True)
-class _Run:
-    """Neighbouring tokens: `count` shares of `length` each, share i by adapter first + i."""
-
-    start: int
-    count: int
-    length: int
-    source: _Factors
-    first: int
-    modules: frozenset[str]  # outside of which all of these adapters are zero
-
-
-class SlotGroup:
-    """The slots of one padded rank, and copies of those that the batch's rows use."""
-
-    def __init__(
-        self,
-        sites: Sequence[Site],
-        rank: int,
-        count: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self.sites, self.rank = sites, rank
-        self.slots = _Factors(sites, rank, count, device, dtype)
-        self.rows = _Factors(sites, rank, 0, device, dtype)
-        self.modules: list[frozenset[str]] = [frozenset()] * count
-        self._held: list[int] = []  # slot of which each row is a copy; -1: of none
-
-    def write(self, slot: int, packed: Packed) -> None:
-        """Fill a slot that no row uses."""
-        self.slots.a[slot].copy_(packed.a)
-        self.slots.b[slot].copy_(packed.b)
-        self.modules[slot] = packed.modules
-        self._held = [-1 if held == slot else held for held in self._held]
-
-    def _claim(self, slots: Sequence[int]) -> list[int]:
-        """The first rows become copies of `slots`, in an order that leaves the most in place.
-
-        Returns the order: which of `slots` each row has.
-        """
-        self._grow(len(slots))
-        left: dict[int, list[int]] = {}
-        for index, slot in enumerate(slots):
-            left.setdefault(slot, []).append(index)
-        order = [left[held].pop() if left.get(held) else -1 for held in self._held[: len(slots)]]
-        rest = iter([index for indices in left.values() for index in indices])
-        for row, index in enumerate(order):
-            if index < 0:
-                order[row] = next(rest)
-                self._copy(row, slots[order[row]])
-        return order
-
-    def decode(self, slots: Sequence[int], start: int) -> tuple[Sequence[int], list[_Run]]:
-        """Runs of tokens, one for each of `slots`, and the order that they have to come in.
-
-        Where the slots themselves lie together, nothing is copied.
-        """
-        order: Sequence[int] = sorted(range(len(slots)), key=lambda index: slots[index])
-        direct = self.direct([(slots[index], 1) for index in order], start)
-        if len(direct) <= _FEW:
-            return order, direct
-        modules = frozenset[str]().union(*(self.modules[slot] for slot in slots))
-        return self._claim(slots), [_Run(start, len(slots), 1, self.rows, 0, modules)]
-
-    def direct(self, lengths: Iterable[tuple[int, int]], start: int) -> list[_Run]:
-        """Runs over the slots themselves, for neighbouring tokens: (slot, how many)."""
-        runs: list[_Run] = []
-        for slot, same in groupby(lengths, key=itemgetter(0)):
-            run = self._uniform(slot, start, sum(length for _, length in same))
-            start += run.length
-            if runs and _follows(run, runs[-1]):
-                before = runs.pop()
-                modules = before.modules | run.modules
-                run = replace(before, count=before.count + 1, modules=modules)
-            runs.append(run)
-        return runs
-
-    def _uniform(self, slot: int, start: int, length: int) -> _Run:
-        """A run of tokens that use one adapter: no copy is needed."""
-        return _Run(start, 1, length, self.slots, slot, self.modules[slot])
-
-    def _copy(self, row: int, slot: int) -> None:
-        self.rows.copy(row, self.slots, slot)
-        self._held[row] = slot
-
-    def _grow(self, count: int) -> None:
-        if count > self.rows.count:
-            a, b = self.rows.a, self.rows.b
-            size = max(count, 2 * self.rows.count)
-            self.rows = _Factors(self.sites, self.rank, size, a.device, a.dtype)
-            self.rows.a[: len(a)], self.rows.b[: len(b)] = a, b
-            self._held += [-1] * (size - len(self._held))
-
-
-_Work = tuple[int, int, tuple[int, int], Tensor, Tensor]
+    def at(self, site: int) -> Work:
+        """The work of a layer."""
 
 
 class ServedLinear(nn.Module):
@@ -223,7 +107,7 @@ class ServedLinear(nn.Module):
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
-        self.work: list[_Work] = []
+        self.work: list[Work] = []
         self.tokens = -1  # of the batch; -1: there is none
 
     def forward(self, x: Tensor) -> Tensor:
@@ -232,15 +116,8 @@ class ServedLinear(nn.Module):
         tokens, sums = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         if self.tokens not in (-1, len(tokens)):
             raise ModelError("a layer is not given all tokens", "such a base cannot be served")
-        for start, stop, shape, a, b in self.work:
-            own, out = tokens[start:stop], sums[start:stop]
-            if shape[0] == 1:
-                out.addmm_((a @ own.mT).mT, b)
-            elif shape[1] == 1:
-                out.unsqueeze(1).baddbmm_(torch.bmm(own.unsqueeze(1), a.mT), b)
-            else:  # in this order of factors the product is half as costly
-                inner = torch.bmm(a, own.view(*shape, -1).mT)
-                out.view(*shape, -1).baddbmm_(inner.mT, b)
+        for work in self.work:
+            work.add(tokens, sums)
         return y
 
 
@@ -248,11 +125,17 @@ class ServingSlots:
     """Puts `ServedLinear`s in place of a model's layers, and fills and composes their slots.
 
     `count` slots of each padded rank that occurs; a group is made when its first adapter comes.
-    Numbers are held in the model's own type and on its device.  Used by one thread.
+    Numbers are held in the model's own type and on its device.  `kernels` says whether Triton's
+    compute, else batched products do; None: wherever there are any.  Used by one thread.
     """
 
     def __init__(
-        self, model: nn.Module, sites: Sequence[Site], count: int, dtype: torch.dtype
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        count: int,
+        dtype: torch.dtype,
+        kernels: bool | None = None,
     ) -> None:
         self.sites, self.count, self.dtype = tuple(sites), count, dtype
         self.groups: dict[int, SlotGroup] = {}
@@ -260,6 +143,8 @@ class ServingSlots:
         self._model = model
         self.layers = [self._swap(site.name) for site in self.sites]
         self._last: tuple[object, Order] | None = None
+        self.kernels = has_kernels(self._device, dtype) if kernels is None else kernels
+        self._plan = self._by_slot if self.kernels else self._in_runs
 
     def write(self, place: Place, packed: Packed) -> None:
         """Fill a slot that nothing in the batch uses."""
@@ -283,7 +168,31 @@ class ServingSlots:
         return self._last[1]
 
     def _composed(self, decode: tuple[Place | None, ...], segments: tuple[Segment, ...]) -> Order:
-        runs: list[_Run] = []
+        order, parts = self._plan(decode, segments)
+        for index, (site, layer) in enumerate(zip(self.sites, self.layers, strict=True)):
+            layer.work = [part.at(index) for part in parts if site.name in part.modules]
+            layer.tokens = len(decode) + sum(segment.length for segment in segments)
+        return order
+
+    def _by_slot(
+        self, decode: Sequence[Place | None], segments: Sequence[Segment]
+    ) -> tuple[Order, list[Part]]:
+        """For kernels, which find a slot's tokens wherever they are."""
+        from . import serving_triton
+
+        parts: list[Part] = []
+        for rank, of in sorted(_tokens_of(decode, segments).items()):
+            group = self.group(rank)
+            modules = frozenset[str]().union(*(group.modules[slot] for slot in of))
+            index, slots = serving_triton.grouped(of, self._device), group.slots
+            parts.append(serving_triton.SlotTokens(index, slots.a_of, slots.b_of, modules))
+        return Order(tuple(range(len(decode))), tuple(range(len(segments)))), parts
+
+    def _in_runs(
+        self, decode: Sequence[Place | None], segments: Sequence[Segment]
+    ) -> tuple[Order, list[Part]]:
+        """For batched products, which take neighbours together."""
+        runs: list[Part] = []
         rows: list[int] = []
         for rank in sorted({place.rank for place in decode if place is not None}):
             own = [
@@ -296,12 +205,9 @@ class ServingSlots:
         order_of_segments = sorted(range(len(segments)), key=lambda index: _kind(segments[index]))
         ordered = [segments[index] for index in order_of_segments]
         runs += self._segment_runs(ordered, len(rows))
-        for index, (site, layer) in enumerate(zip(self.sites, self.layers, strict=True)):
-            layer.work = [_work(run, index) for run in runs if site.name in run.modules]
-            layer.tokens = len(decode) + sum(segment.length for segment in segments)
-        return Order(tuple(rows), tuple(order_of_segments))
+        return Order(tuple(rows), tuple(order_of_segments)), runs
 
-    def _segment_runs(self, segments: Sequence[Segment], start: int) -> Iterator[_Run]:
+    def _segment_runs(self, segments: Sequence[Segment], start: int) -> Iterator[Run]:
         for rank, same in groupby(segments, key=lambda segment: _kind(segment)[0]):
             lengths = [(segment.place, segment.length) for segment in same]
             if rank != _NONE:
@@ -324,22 +230,27 @@ class ServingSlots:
         setattr(self._model.get_submodule(parent), last, layer)
 
 
+def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton's kernels can compute there."""
+    return _TRITON and device.type == "cuda" and dtype in _KERNELS
+
+
+def _tokens_of(
+    decode: Sequence[Place | None], segments: Sequence[Segment]
+) -> dict[int, dict[int, list[int]]]:
+    """The tokens of each slot of each rank, as places in the batch."""
+    tokens: dict[int, dict[int, list[int]]] = {}
+    start = 0
+    for place, length in (*((place, 1) for place in decode), *segments):
+        if place is not None:
+            own = tokens.setdefault(place.rank, {}).setdefault(place.slot, [])
+            own += range(start, start + length)
+        start += length
+    return tokens
+
+
 def _kind(segment: Segment) -> tuple[int, int, int]:
     """What the order of segments goes by: those of a rank and a length lie together, by their
     slots; those of the base come last."""
     place = segment.place or Place(_NONE, 0)
     return place.rank, segment.length, place.slot
-
-
-def _follows(run: _Run, before: _Run) -> bool:
-    """Whether two runs of neighbouring tokens are one, of one share more."""
-    return run.length == before.length and run.first == before.first + before.count
-
-
-def _work(run: _Run, site: int) -> _Work:
-    """Start, end, (shares, their length), A and B^T of a run at a layer."""
-    stop, shares = run.start + run.count * run.length, slice(run.first, run.first + run.count)
-    a, b = run.source.a_of[site][shares], run.source.b_of[site][shares]
-    if run.count == 1:
-        a, b = a[0], b[0]
-    return run.start, stop, (run.count, run.length), a, b

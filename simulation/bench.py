@@ -12,11 +12,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import shutil
-import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,13 +21,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
-
 from ..config import Config
 from ..errors import ConfigError, DataError, QuorumError, UpdateError
 from . import baselines
 from .engine import Lab, open_lab, simulate
 from .kept_results import KeptResults
+from .provenance import provenance
 
 GRID = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
 """Factors of the case's learning rate that every arm chooses from."""
@@ -177,24 +173,6 @@ def wanted_of(name: str, only: str, known: Sequence[str]) -> list[str]:
     if unknown:
         raise ConfigError(f"bench {name} has no case {unknown[0]!r}", f"known: {', '.join(known)}")
     return wanted
-
-
-def provenance() -> dict[str, Any]:
-    """Where and when a figure was measured; a changed checkout's commit ends in -dirty."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    cores, threads = os.cpu_count(), torch.get_num_threads()
-    hardware = f"{platform.machine()}, {cores} cores, torch {torch.__version__}, {threads} thread"
-    return {
-        "hardware": hardware,
-        "commit": git.stdout.strip() or "unknown",
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..peft_adapters.philox import signs
 from ..strategies.base import Probe
-from .bench import provenance
 from .mezo import Mezo, borrowed
+from .provenance import provenance
 from .zo_setup import FULL, HEADER, RANK, Setup, Shape
 
 TOLERANCE = 1e-4  # of a loss in float32

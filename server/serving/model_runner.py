@@ -35,15 +35,19 @@ class Work:
 class ModelRunner(Closeable):
     """Owns a base model until it is closed: its linear layers and attention are exchanged."""
 
-    def __init__(self, base: Base, *, rows: int, length: int, slots: int) -> None:
-        """Raises ModelError for a model whose attention cannot be packed."""
+    def __init__(
+        self, base: Base, *, rows: int, length: int, slots: int, kernels: bool | None = None
+    ) -> None:
+        """`kernels` is `ServingSlots`'.  Raises ModelError for a model whose attention cannot be
+        packed."""
         self.base, self._model = base, base.model
         config: Any = self._model.config
         self._config, self._before = config, config._attn_implementation
         dtype = next(p.dtype for p in base.model.parameters() if p.is_floating_point())
         self.kv = KVRows(_shape(self._config), rows, length, base.device, dtype)
         AttentionInterface.register(IMPLEMENTATION, attend)
-        self.slots = ServingSlots(base.model, sites(base.model, ALL_LINEAR), slots, dtype)
+        layers = sites(base.model, ALL_LINEAR)
+        self.slots = ServingSlots(base.model, layers, slots, dtype, kernels)
         try:
             self._check()
         except BaseException:

@@ -23,6 +23,7 @@ from meadow.peft_adapters.serving_slots import (
     pack,
     padded_rank,
 )
+from meadow.peft_adapters.slot_group import RunWork
 
 RANKS = {"one": 8, "two": 8, "odd": 3, "wide": 64, "other": 64}
 SLOT = {"one": 0, "two": 1, "odd": 2, "wide": 0, "other": 1}
@@ -195,7 +196,8 @@ def test_tokens_of_the_base_and_layers_left_alone_cost_nothing() -> None:
     assert {name for name, runs in work.items() if runs} == {
         site.name for site in places if site.name.endswith("q_proj")
     }
-    assert all(run[0] == 0 and run[1] == 1 for runs in work.values() for run in runs)
+    for run in (run for runs in work.values() for run in runs):
+        assert isinstance(run, RunWork) and (run.start, run.stop) == (0, 1)
 
 
 @torch.no_grad()

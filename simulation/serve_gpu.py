@@ -1,0 +1,266 @@
+"""What many adapters cost a server on a GPU: correct sums first, then a step's time.
+
+`python -m meadow.simulation.serve_gpu [DEVICE]` checks Triton's kernels against float64 and against
+the batched products that they stand in for, on random batches, and then times steps of a llama of
+random numbers, 8B in shape, with adapters and without.  It writes a report as JSON.
+
+A step is timed as the server runs it, and as replayed from a CUDA graph, which leaves out what the
+host takes to launch it.  `limit` is the best share of the base's throughput that memory allows a
+decoding step: the base's bytes over those and the adapters', each read once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..peft_adapters.base_model import Base
+from ..peft_adapters.serving_slots import Packed, Place, Segment, has_kernels
+from ..server.serving.model_runner import ModelRunner
+from ..server.serving.packed_attention import PackedStep, Prompt
+from .provenance import provenance
+from .random_llama import B8, Size, random_base
+from .slot_check import SLOTS, TOLERANCE, Case, exact, gap, served
+
+DECODE, PREFILL = "decode", "prefill"
+_LOGITS = 5e-2  # of a whole model's logits in bfloat16, relative to their norm
+_COPY = 2**30  # bytes
+
+Act = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Load:
+    """A decoding step has `rows` rows of `past` tokens; one of prefill `prompt` tokens in all."""
+
+    size: Size = B8
+    dtype: torch.dtype = torch.bfloat16
+    rank: int = 16
+    adapters: tuple[int, ...] = (1, 8, 32)
+    rows: int = 32
+    past: int = 128
+    prompt: int = 512
+    repeats: int = 20
+
+
+def run(device: str, load: Load | None = None) -> dict[str, Any]:
+    """The report; `passed` says whether all that has to agree does."""
+    load = load or Load()
+    gaps = check(device)
+    base = random_base(load.size, dtype=load.dtype, device=device)
+    rows: list[dict[str, Any]] = []
+    logits = []
+    for kernels in sorted({has_kernels(base.device, load.dtype), False}, reverse=True):
+        with Steps(base, load, kernels) as steps:
+            rows += steps.rows()
+            logits.append(steps.logits())
+    apart = gap(logits[0], logits[-1])
+    return {
+        "bench": "serve_gpu",
+        **provenance(),
+        "device": torch.cuda.get_device_name() if _on_gpu(device) else device,
+        "load": str(load),
+        "gaps": gaps,
+        "logits_gap": apart,
+        "passed": all(one["passed"] for one in gaps) and apart < _LOGITS,
+        "copy_gb_per_second": round(_bandwidth(device) / 1e9, 1),
+        "rows": rows,
+    }
+
+
+def check(device: str) -> list[dict[str, Any]]:
+    """How far served tokens are from float64's, and from those of batched products."""
+    return [_checked(case, device) for case in _cases()]
+
+
+def _checked(case: Case, device: str) -> dict[str, Any]:
+    ours, bound = served(case, device), TOLERANCE[case.dtype]
+    from_exact, apart = gap(ours, exact(case)), gap(ours, served(case, device, False))
+    again = torch.equal(ours, served(case, device))
+    return {
+        "dtype": str(case.dtype),
+        "shape": (case.columns, case.rows, len(case.places)),
+        "from_float64": from_exact,
+        "from_products": apart,
+        "same_again": again,
+        "passed": from_exact < bound and apart < 2 * bound and again,
+    }
+
+
+def _cases() -> Iterator[Case]:
+    """Rows that decode, prompts, and both, of several ranks, in layers of odd and real shapes."""
+    shapes, types = ((96, 40), (1000, 333), (4096, 1024)), (torch.float32, torch.bfloat16)
+    for seed, (rank, (columns, rows), dtype) in enumerate(product((8, 16, 64), shapes, types)):
+        other = Place(8 if rank > 8 else 128, 1)
+        places = [Place(rank, slot) for slot in range(SLOTS - 1)]
+        decode = (None, *places[::-1], other, places[0], places[2])
+        prompts = (Segment(places[0], 70), Segment(None, 5), Segment(other, 17))
+        yield Case(columns, rows, decode, (), dtype, seed)
+        yield Case(columns, rows, (), prompts, dtype, seed)
+        yield Case(columns, rows, decode, prompts, dtype, seed)
+
+
+class Steps(ModelRunner):
+    """Steps of a base whose slots and past are filled with random numbers."""
+
+    def __init__(self, base: Base, load: Load, kernels: bool) -> None:
+        count, length = max(load.adapters), load.past + load.prompt
+        super().__init__(base, rows=load.rows, length=length, slots=count, kernels=kernels)
+        self.load, self._random = load, torch.Generator(base.device).manual_seed(0)
+        with torch.inference_mode():
+            self.kv.data.normal_(generator=self._random)
+            for slot in range(count):
+                self.write(Place(load.rank, slot), self._drawn())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Medians in milliseconds; base and adapters are timed one after the other."""
+        return [self._row(kind, n) for kind in (DECODE, PREFILL) for n in self.load.adapters]
+
+    @torch.inference_mode()
+    def logits(self) -> Tensor:
+        """Of a decoding step by the most adapters, in the rows' order."""
+        act, order = self._decode(max(self.load.adapters))
+        found = act()
+        return found[torch.tensor(order).argsort().to(found.device)].double().cpu()
+
+    @torch.inference_mode()
+    def _row(self, kind: str, adapters: int) -> dict[str, Any]:
+        bare, graphed_bare = self._timed(self._act(kind, adapters, bare=True))
+        ours, graphed = self._timed(self._act(kind, adapters))
+        row = {
+            "path": "kernels" if self.slots.kernels else "products",
+            "step": kind,
+            "adapters": adapters,
+            "base_ms": bare,
+            "ms": ours,
+            "share": round(bare / ours, 4),
+        }
+        if graphed and graphed_bare:
+            share = round(graphed_bare / graphed, 4)
+            row |= {"base_graph_ms": graphed_bare, "graph_ms": graphed, "graph_share": share}
+        return row | ({"limit": round(self._limit(adapters), 4)} if kind == DECODE else {})
+
+    def _act(self, kind: str, adapters: int, bare: bool = False) -> Act:
+        if kind == DECODE:
+            return self._decode(adapters, bare)[0]
+        return self._prefill(adapters, bare)
+
+    def _decode(self, adapters: int, bare: bool = False) -> tuple[Act, Sequence[int]]:
+        """A step of all rows, whose adapters take turns, and the order of its rows."""
+        rows = range(self.load.rows)
+        places = [None if bare else Place(self.load.rank, row % adapters) for row in rows]
+        order = self.slots.compose(places, []).decode
+        step = PackedStep(self.kv, [(row, self.load.past) for row in order], [])
+        return self._ready(step, self._tokens(self.load.rows)[list(order)], [*rows]), order
+
+    def _prefill(self, adapters: int, bare: bool = False) -> Act:
+        """A step of one new prompt by each adapter."""
+        length = self.load.prompt // adapters
+        places = [None if bare else Place(self.load.rank, slot) for slot in range(adapters)]
+        order = self.slots.compose([], [Segment(place, length) for place in places]).segments
+        step = PackedStep(self.kv, [], [Prompt(row, 0, length) for row in order])
+        keep = [length * (at + 1) - 1 for at in range(adapters)]
+        return self._ready(step, self._tokens(length * adapters), keep)
+
+    def _tokens(self, count: int) -> Tensor:
+        random = torch.Generator().manual_seed(0)
+        return torch.randint(5, self.load.size.vocabulary, (count,), generator=random)
+
+    def _ready(self, step: PackedStep, tokens: Tensor, keep: list[int]) -> Act:
+        """All that the model is given is on the device: nothing of a step but its own work."""
+        device = self.base.device
+        inputs: dict[str, Any] = {
+            "input_ids": tokens.unsqueeze(0).to(device),
+            "position_ids": torch.tensor([step.positions], device=device),
+            "logits_to_keep": torch.tensor(keep, device=device),
+            "use_cache": False,
+            "packed": step,
+        }
+
+        def act() -> Tensor:
+            logits: Tensor = self.base.model(**inputs).logits[0]
+            return logits
+
+        return act
+
+    def _timed(self, act: Act) -> tuple[float, float | None]:
+        """Milliseconds of a step, and of its replay on a GPU."""
+        plain = _milliseconds(act, self.load.repeats)
+        if not _on_gpu(self.base.device):
+            return plain, None
+        return plain, _milliseconds(_captured(act), self.load.repeats)
+
+    def _limit(self, adapters: int) -> float:
+        model: Any = self.base.model
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        own = sum(parameter.nbytes for parameter in model.parameters())
+        if head.weight is not embedding.weight:  # of which a step reads a few rows
+            own -= embedding.weight.nbytes
+        slots = self.slots.group(self.load.rank).slots
+        return float(own / (own + adapters * (slots.a[0].nbytes + slots.b[0].nbytes)))
+
+    def _drawn(self) -> Packed:
+        """An adapter of small random numbers, at all layers."""
+        slots = self.slots.group(self.load.rank).slots
+        a, b = (
+            torch.empty_like(side[0]).normal_(std=0.02, generator=self._random)
+            for side in (slots.a, slots.b)
+        )
+        return Packed(self.load.rank, a, b, frozenset(site.name for site in self.slots.sites))
+
+
+def _captured(act: Act) -> Callable[[], object]:
+    """The replay of a step's work, which is recorded once it has run on a stream of its own."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        act()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        act()
+    return graph.replay
+
+
+def _milliseconds(act: Callable[[], object], repeats: int) -> float:
+    """Median wall time, of the device alone."""
+    times = []
+    for _ in range(3 + repeats):
+        _wait()
+        began = time.perf_counter()
+        act()
+        _wait()
+        times.append(time.perf_counter() - began)
+    return round(1e3 * median(times[3:]), 4)
+
+
+def _bandwidth(device: str) -> float:
+    """Bytes read and written by a copy, in a second."""
+    source = torch.randint(256, (_COPY if _on_gpu(device) else 2**20,), dtype=torch.uint8)
+    source = source.to(device)
+    target = torch.empty_like(source)
+    return 2e3 * source.nbytes / _milliseconds(lambda: target.copy_(source), 10)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _on_gpu(device: torch.device | str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+if __name__ == "__main__":
+    report = run(sys.argv[1] if len(sys.argv) > 1 else "cuda")
+    sys.stdout.write(json.dumps(report, indent=1) + "\n")
+    sys.exit(0 if report["passed"] else 1)
