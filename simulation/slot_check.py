@@ -16,7 +16,7 @@ from ..peft_adapters.serving_slots import Packed, Place, Segment, ServingSlots
 
 SLOTS = 5
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""Of a token's outputs, relative to their norm."""
+"""Of a token's outputs, as `gap` has it."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,12 @@ def served(case: Case, device: str, kernels: bool | None = None) -> Tensor:
 
 
 def gap(found: Tensor, wanted: Tensor) -> float:
-    """The largest distance of a token's outputs, relative to their norm; NaN stays NaN."""
-    return float(((found - wanted).norm(dim=1) / wanted.norm(dim=1)).max())
+    """The largest distance of a token's outputs, relative to their norm; NaN stays NaN.
+
+    Outputs are sums of about unit variance: a norm below that is chance, and no measure of errors.
+    """
+    norms = wanted.norm(dim=1).clamp(min=sqrt(wanted.shape[1]))
+    return float(((found - wanted).norm(dim=1) / norms).max())
 
 
 def _fill(slots: ServingSlots, case: Case) -> None:
