@@ -15,15 +15,13 @@ turns on one thread, prompts included.  The last three run the whole engine over
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import ConfigError
 from .bench import publish, wanted_of
+from .one_thread import one_thread
 from .random_llama import M27, M105
 from .random_llama import Size as Shape
 from .serve_batches import Load, Shares, over_peft, share_of_base
@@ -67,19 +65,9 @@ def run(
         raise ConfigError(f"bench {name} names its own models", "leave --model out")
     size, wanted = size or Size(), wanted_of(name, only, CASES) or CASES
     out.mkdir(parents=True, exist_ok=True)  # a mistake in --out shows before the measuring
-    with _one_thread():
+    with one_thread():
         rows = [*_throughput(size, wanted, phase), *_under_load(size, wanted, phase)]
         return publish(name, out, rows, page)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _throughput(size: Size, wanted: Sequence[str], phase: Phase) -> Iterator[Row]:

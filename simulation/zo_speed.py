@@ -9,16 +9,14 @@ over the other.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
-
-import torch
 
 from ..peft_adapters.full_rank import FullRank
 from .gossip_bench import rows as gossip_rows
 from .mezo import FedKSeed, Mezo, borrowed
+from .one_thread import one_thread
 from .zo_memory import KINDS, growth_apart
 from .zo_setup import FULL, RANK, Setup, Shape
 from .zo_sizes import rows as size_rows
@@ -53,7 +51,7 @@ def steps(repeats: int, shape: Shape, rank: int) -> list[Row]:
     setup = Setup(shape, rank)
     own = Mezo(setup.parameters, lr=1e-9, epsilon=1e-3)
     theirs = FedKSeed(setup.parameters, lr=1e-9, epsilon=1e-3)
-    with borrowed(setup.parameters), _one_thread():
+    with borrowed(setup.parameters), one_thread():
         times = in_turns(
             {
                 "step": setup.step,
@@ -82,7 +80,7 @@ def rebuilds(repeats: int, shape: Shape, rank: int) -> list[Row]:
     theirs = FedKSeed(setup.parameters, lr=1e-9, epsilon=1e-3)
     pool = setup.pool
     full = FullRank(pool.run_id, pool.base_digest, pool.sites, pool.size)
-    with borrowed(setup.parameters), _one_thread():
+    with borrowed(setup.parameters), one_thread():
         times = in_turns(
             {
                 "forward": setup.loss,
@@ -204,14 +202,3 @@ def _fused(setup: Setup, full: FullRank, count: int) -> None:
     parameters = setup.parameters
     for index, site in enumerate(full.sites):
         full.rebuild(index, parameters[f"{site.name}.base.weight"].data, integers)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """CPU time then is the time of the work, not of threads that wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
