@@ -65,3 +65,14 @@ def test_the_cases_that_others_name_are_there() -> None:
         "base_share_27m", "base_share_105m", "base_share_27m_rank64_mix", "churn_share_27m",
         "over_peft_27m", "failed_during_swaps", "mixed_versions", "adapters_2000_failed",
     )  # fmt: skip
+
+
+def test_the_page_in_the_docs_is_what_its_report_says_and_keeps_the_bars() -> None:
+    pages = Path(__file__).parents[2] / "docs" / "benchmarks"
+    report = json.loads((pages / "serve.json").read_text())
+    assert (pages / "serve.md").read_text() == serve_bench.page(report)
+    found = {row["case"]: row["value"] for row in report["rows"]}
+    least = {"base_share_27m": 0.85, "base_share_105m": 0.9, "churn_share_27m": 0.8}
+    assert all(found[case] >= bar for case, bar in (least | {"over_peft_27m": 1.7}).items())
+    for case in ("failed_during_swaps", "mixed_versions", "adapters_2000_failed"):
+        assert found[case] == 0
