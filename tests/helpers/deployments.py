@@ -376,7 +376,7 @@ def _supervised(logs: Path, name: str) -> int:
 
 def _below(ancestor: int, word: str) -> int:
     """A process under another one, by a word of its command.  LookupError for none."""
-    command = ["ps", "-A", "-o", "pid=,ppid=,stat=,args="]
+    command = ["ps", "-A", "-ww", "-o", "pid=,ppid=,stat=,args="]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     rows = [line.split(maxsplit=3) for line in found.splitlines()]
     parents = {int(row[0]): int(row[1]) for row in rows}
