@@ -32,7 +32,7 @@ from .gateway_desk import Desk
 from .gateway_request import GRACE_SECONDS
 from .gateway_routes import Routes
 from .gateway_superlink import SuperLink
-from .gateway_tls import Issue, ServerTls, Shown, superlink_tls
+from .gateway_tls import Issue, ServerTls, Shown, spare_buffers, superlink_tls
 from .roster import Roster
 
 log = logging.getLogger(__name__)
@@ -192,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ready", type=Path, required=True)
     parser.add_argument("--largest", type=int, default=LARGEST_BODY)
     options = GatewayOptions(**vars(parser.parse_args(arguments)))
+    spare_buffers()
     with service_process():
         asyncio.run(serve(options))
 

@@ -30,7 +30,7 @@ MOST_ASKS = 40.0
 """A second, by all that wait together."""
 
 _ANSWER_SECONDS = 25.0
-_CONNECTIONS = 64
+_CONNECTIONS = 16  # each is short: a question that waits for messages holds none
 _PIECE = 64 * 1024
 _LARGEST_WHOLE = 16 * 2**20  # bytes; a message's description, or a list of its objects
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from asyncio import sslproto
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,14 @@ from ..store import Disk
 
 Issue = Callable[[], tuple[bytes, bytes]]
 """Gives the certificate (PEM, with its chain) and its key (PEM) that hold now."""
+
+_BUFFER = 32 * 1024  # bytes; a record of TLS has half as many
+
+
+def spare_buffers() -> None:
+    """Let this process's connections cost a third: asyncio keeps 256 KiB for each that speaks TLS,
+    whether anything passes or not, and every participant holds a few for as long as it is there."""
+    sslproto.SSLProtocol.max_size = _BUFFER
 
 
 class ServerTls:

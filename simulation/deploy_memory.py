@@ -25,8 +25,8 @@ from .process_peaks import ProcessPeaks, pid_in, pids_in
 
 OWN = ("supervisor", "gateway", "server_app")
 ENGINE = ("superlink", "superexec")
-AT_ONCE = 8
-"""Participants that transfer something large at a time."""
+AT_ONCE = 4
+"""Participants that transfer something large at a time: the same few, however many there are."""
 RANK, HIDDEN = 64, 512
 _MATRICES = 7  # of a llama's layer
 _MB = 1_000_000

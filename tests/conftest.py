@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ import pytest
 if TYPE_CHECKING:  # imported where they are used, so that small tests stay quick
     from meadow.config import Config
     from meadow.simulation.engine import Lab
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: a thread for each is enough,
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # and threads of several would wait for another
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -168,6 +168,7 @@ def test_quantisation_names_its_extra(folder: Path, monkeypatch: pytest.MonkeyPa
         load_base(str(folder), quantize="4bit", device="cpu")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])
 def test_quantised_layers_keep_their_shape_and_digest(folder: Path, quantize: str) -> None:
     pytest.importorskip("bitsandbytes", reason="the extra `quantized` is not installed")

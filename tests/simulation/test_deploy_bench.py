@@ -18,6 +18,7 @@ from meadow.simulation.deploy_bench import Size, page
 from meadow.simulation.deploy_memory import ENGINE, OWN, Load, Peaks
 from meadow.simulation.plain_flower import PlainRound
 
+PAGES = Path(__file__).parents[2] / "docs" / "benchmarks"
 SIZE = Size(rounds=4, contributions=(2, 4), megabytes=2.0)
 PLAIN = [PlainRound(12.0, 1.0, 3.0), PlainRound(14.0, 1.0, 4.0)]
 MB = {"supervisor": 100, "gateway": 50, "server_app": 350, "superlink": 700, "superexec": 80}
@@ -148,6 +149,17 @@ def test_the_command_line_knows_it(
     assert json.loads(file.read_text()) == json.loads((out / "deploy.json").read_text())
     assert capsys.readouterr().out.split() == (out / "deploy.md").read_text().split()
     assert main(["bench", "deploy", "--only", "wires", "--out", str(out)]) == 2
+
+
+def test_the_page_in_the_docs_is_what_its_report_says_and_memory_is_flat() -> None:
+    report = json.loads((PAGES / "deploy.json").read_text())
+    assert (PAGES / "deploy.md").read_text() == page(report)
+    rows = {row["case"]: row for row in report["rows"]}
+    assert list(rows) == Size().cases
+    for case in ("peak_mb_16", "peak_mb_64"):
+        assert rows[case]["value"] <= rows[case]["bar"] == 1.1 * rows["peak_mb_4"]["value"]
+    own, plain = rows["round_overhead_seconds"], rows["flower_round_overhead_seconds"]
+    assert own["loading_seconds"] == 0.0 and own["value"] < plain["value"]
 
 
 def test_a_run_that_left_nothing_is_no_figure(tmp_path: Path) -> None:

