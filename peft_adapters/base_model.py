@@ -8,6 +8,7 @@ runs.
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,22 @@ _FILES = ["model*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 """What is fetched from a hub: no pickles, and no code."""
 
 
+class _Once(logging.Filter):
+    """Lets each message pass once: LLM.int8 says with every product that it casts its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        known = record.getMessage() in self._said
+        self._said.add(record.getMessage())
+        return not known
+
+
+_INT8_LOG, _SAID = logging.getLogger("bitsandbytes.autograd._functions"), _Once()
+
+
 @dataclass(frozen=True)
 class Base:
     """A frozen causal language model in evaluation mode.
@@ -54,9 +71,9 @@ def load_base(
 ) -> Base:
     """The base model `name` with its tokenizer.
 
-    `dtype` is one of DTYPES, `quantize` of QUANTIZATIONS (NF4 or LLM.int8 of bitsandbytes, which
-    computes in `dtype`), `device` of DEVICES.  Raises ModelError, in one line, on whatever keeps
-    the model from being loaded whole.
+    `dtype` is one of DTYPES, `quantize` of QUANTIZATIONS (bitsandbytes' NF4, which multiplies in
+    `dtype`, or LLM.int8, which does so in float16), `device` of DEVICES.  Raises ModelError, in
+    one line, on whatever keeps the model from being loaded whole.
     """
     for value, known in ((dtype, tuple(DTYPES)), (quantize, QUANTIZATIONS), (device, DEVICES)):
         if value not in known:
@@ -154,6 +171,7 @@ def _quantization(quantize: str, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if quantize == "8bit":
+        _INT8_LOG.addFilter(_SAID)  # a filter that is there already is not added again
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
