@@ -1,7 +1,10 @@
 """What tests/vllm/run.sh checks on real servers: versions, swaps, repairs and closed doors.
 
-check.py prepare --folder DIR              a base of 27 million random weights
-check.py check --folder DIR --url A ...    against servers of it; VLLM_API_KEY is their key
+check.py prepare --folder DIR                           a base of 27 million random weights
+check.py check --folder DIR --url A ... --group FILE    against servers of it
+
+VLLM_API_KEY is the servers' key.  The first is killed: FILE has the number of its process group, and
+whoever started it has to start it again.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,7 +120,7 @@ def joined(parts: list[Any]) -> Any:
     )
 
 
-async def check(folder: Path, urls: Sequence[str]) -> None:
+async def check(folder: Path, urls: Sequence[str], group: Path) -> None:
     """Raises AssertionError where the publisher or a server does other than it should."""
     for name in ("registry", "shared"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -136,6 +140,7 @@ async def check(folder: Path, urls: Sequence[str]) -> None:
             async with aiohttp.ClientSession() as session:
                 client = Client(session, gateway, urls)
                 await scenes(client, registry, base, folder, first, child.stdout)
+                await restarted(client, named(first), group)
         finally:
             child.terminate()
             await child.wait()
@@ -193,6 +198,30 @@ async def scenes(
     done("paths and other doors stay closed")
 
 
+async def restarted(client: Client, name: str, group: Path) -> None:
+    """A server is killed, and is empty when it is back; clients of the gateway notice neither."""
+    one = await client.said(client.gateway, "mail")
+    os.killpg(int(group.read_text()), signal.SIGKILL)
+    while (await said_or_none(client, client.servers[0], name)) is not None:
+        await asyncio.sleep(0.2)
+    for _ in range(5):
+        assert await client.said(client.gateway, "mail") == one
+    async with asyncio.timeout(600):
+        while await said_or_none(client, client.servers[0], name) != one:
+            assert await client.said(client.gateway, "mail") == one
+            await asyncio.sleep(1)
+    done("a server that was killed is given its versions again, and nobody notices")
+
+
+async def said_or_none(client: Client, url: str, model: str) -> Any:
+    """None where nobody listens, or the model is unknown."""
+    try:
+        status, answer = await client.ask(url, model)
+    except aiohttp.ClientError:
+        return None
+    return said_in(answer["choices"][0]) if status == 200 else None
+
+
 def named(version: Version) -> str:
     return f"mail@{version.id[:12]}"
 
@@ -215,9 +244,10 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["prepare", "check"])
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--url", action="append", default=[])
+    parser.add_argument("--group", type=Path)
     given = parser.parse_args()
     os.environ.setdefault("MEADOW_HOME", str(given.folder / "home"))
     if given.what == "prepare":
         prepare(given.folder)
     else:
-        asyncio.run(check(given.folder, given.url))
+        asyncio.run(check(given.folder, given.url, given.group))

@@ -28,17 +28,25 @@ fi
 
 python "$here/check.py" prepare --folder "$folder"
 
-pids=()
-trap 'kill "${pids[@]}" 2>/dev/null || true; wait' EXIT
-serve() {
-    VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
-    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 "$vllm/bin/vllm" serve "$folder/base" \
-        --served-model-name base --host 127.0.0.1 --port "$1" --dtype float32 --enforce-eager \
-        --max-model-len 512 --max-num-seqs 8 --enable-lora --max-loras 4 --max-cpu-loras 8 \
-        --max-lora-rank 8 --api-key "$key" > "$folder/vllm-$1.log" 2>&1 &
-    pids+=($!)
+loops=()
+finish() {
+    kill "${loops[@]}" 2>/dev/null || true
+    for port in "${ports[@]}"; do kill -- "-$(cat "$folder/vllm-$port.pid")" 2>/dev/null || true; done
+    wait
 }
-for port in "${ports[@]}"; do serve "$port"; done
+trap finish EXIT
+serve() { # again whenever it ends, in a process group of its own, whose number is in a file
+    while true; do
+        VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 VLLM_CPU_KVCACHE_SPACE=1 \
+        VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+            setsid --wait bash -c 'echo $$ > "$0"; exec "$@"' "$folder/vllm-$1.pid" \
+            "$vllm/bin/vllm" serve "$folder/base" --served-model-name base --host 127.0.0.1 \
+            --port "$1" --dtype float32 --enforce-eager --max-model-len 512 --max-num-seqs 8 \
+            --enable-lora --max-loras 4 --max-cpu-loras 8 --max-lora-rank 8 --api-key "$key" \
+            >> "$folder/vllm-$1.log" 2>&1 || true
+    done
+}
+for port in "${ports[@]}"; do serve "$port" & loops+=($!); done
 for port in "${ports[@]}"; do
     for _ in $(seq 600); do
         curl --silent --fail "http://127.0.0.1:$port/health" > /dev/null && break
@@ -49,4 +57,5 @@ for port in "${ports[@]}"; do
 done
 
 VLLM_API_KEY="$key" python "$here/check.py" check --folder "$folder" \
-    --url "http://127.0.0.1:${ports[0]}" --url "http://127.0.0.1:${ports[1]}"
+    --url "http://127.0.0.1:${ports[0]}" --url "http://127.0.0.1:${ports[1]}" \
+    --group "$folder/vllm-${ports[0]}.pid"
