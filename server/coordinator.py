@@ -12,12 +12,13 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from ..config import Config
 from ..errors import FormatError, QuorumError, UpdateError
 from ..events import Event, Observer
 from ..journal import Journal
+from ..one_line import one_line
 from ..strategies.base import Measured, State, Strategy, Turn, Update
 from ..strategies.messages import (
     INTEGERS,
@@ -36,7 +37,10 @@ KEPT_ROUNDS = 2  # payloads and states of older rounds are deleted
 
 
 class Refusal(str):
-    """Why a peer did not answer a request: its error, in one line."""
+    """Why a peer did not answer a request: its error, in one line, whatever it sent."""
+
+    def __new__(cls, reason: str) -> Self:
+        return super().__new__(cls, one_line(reason))
 
 
 class Peers(Protocol):
