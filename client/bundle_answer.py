@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import hashlib
 
+from ..protobuf_fields import fields
+
 _FAB, _HASH, _CONTENT, _VERIFICATIONS = 1, 1, 2, 3
-_LENGTH_DELIMITED = 2
 
 
 def carries_exactly(answer: bytes, bundle: bytes) -> bool:
@@ -31,30 +32,12 @@ def carries_exactly(answer: bytes, bundle: bytes) -> bool:
 
 
 def _fields(message: bytes, repeatable: frozenset[int]) -> dict[int, bytes]:
-    """The fields of a message that has only length-delimited ones.  ValueError for any other."""
-    fields: dict[int, bytes] = {}
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
-        number, kind = tag >> 3, tag & 7
-        size, at = _varint(message, at)
-        if kind != _LENGTH_DELIMITED or size > len(message) - at:
-            raise ValueError("not a length-delimited field")
-        if number in fields and number not in repeatable:
+    """The fields of a message that has only texts and nested ones.  ValueError for any other."""
+    found: dict[int, bytes] = {}
+    for number, value in fields(message):
+        if not isinstance(value, bytes):
+            raise ValueError("a field is a number")
+        if number in found and number not in repeatable:
             raise ValueError("a field comes twice")
-        fields[number] = message[at : at + size]
-        at += size
-    return fields
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """A number in groups of seven bits, least significant first, and where it ends."""
-    value = 0
-    for place in range(5):  # 35 bits hold every size of a message
-        if at >= len(message):
-            break
-        byte, at = message[at], at + 1
-        value |= (byte & 0x7F) << (7 * place)
-        if byte < 0x80:
-            return value, at
-    raise ValueError("a number is cut off or too long")
+        found[number] = value
+    return found

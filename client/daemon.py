@@ -38,7 +38,7 @@ class ClientDaemon:
         self.bundle = own_bundle(folder, terms_in(folder), self._disk)
         self._forwarder_ready = folder / "forwarder.port"
         self._trainer_ready = folder / "trainer.pid"
-        self._runtime_port = free_port()
+        self._given = ""  # the forwarder's port that the SuperNode was started with
         if not (self._flower / "secret").exists():
             self._disk.write(self._flower / "secret", secrets.token_bytes(32), 0o600)
 
@@ -54,6 +54,8 @@ class ClientDaemon:
                 before, paused = paused, (self.folder / PAUSED).exists()
                 if paused != before and (paused or before is not None):
                     self.observer(Event("notice", 0, {"text": "paused" if paused else "resumed"}))
+                if self._given and supervisor.ready(FORWARDER) and self._given != self._port():
+                    supervisor.stop(SUPERNODE)  # it would ask where nobody is any more
                 supervisor.tick([FORWARDER, TRAINER] if paused else None)
                 time.sleep(0.1)
 
@@ -69,19 +71,23 @@ class ClientDaemon:
 
     def _supernode(self) -> Program:
         def command() -> list[str]:
-            with explained(self._forwarder_ready):
-                port = int(self._forwarder_ready.read_text())
+            self._given = self._port()
             return [
                 program("flower-supernode"),
-                *("--superlink", f"127.0.0.1:{port}"),
+                *("--superlink", f"127.0.0.1:{self._given}"),
                 *("--root-certificates", str(self.folder / FORWARDER_AUTHORITY)),
                 *("--auth-supernode-private-key", str(self.folder / FLOWER_KEY)),
                 *("--superexec-auth-secret-file", str(self._flower / "secret")),
-                *("--port", str(self._runtime_port)),
+                *("--port", str(free_port())),
                 *("--node-config", f"trainer={_toml(self.folder / SOCKET)}"),
             ]
 
         return Program(SUPERNODE, command, environment(self._flower / "home"))
+
+    def _port(self) -> str:
+        """Where the forwarder listens; its last port where that is free, or another."""
+        with explained(self._forwarder_ready):
+            return self._forwarder_ready.read_text()
 
 
 def own_bundle(folder: Path, terms: Terms, disk: Disk) -> Path:

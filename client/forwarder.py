@@ -95,8 +95,9 @@ class Forwarder:
         self._key = FlowerKey.load(folder / FLOWER_KEY)
         with explained(options.bundle):
             self._bundle = options.bundle.read_bytes()
-        self._uplink = Uplink(folder, options.identity, self._key, self._disk, clock)
         self._traffic = TrafficLog(folder / "traffic.jsonl")
+        told = self._traffic.add
+        self._uplink = Uplink(folder, options.identity, self._key, self._disk, clock, told)
         self._threads = ThreadPoolExecutor(_THREADS, "meadow-forwarder")
         self.port = 0
 
@@ -122,9 +123,7 @@ class Forwarder:
         try:
             self._admit(request)
             body = await _body(request)
-            answer = await self._carried(request, body)
-            self._traffic.add(request.raw_path, answer.status, len(body), len(answer.body))
-            return _response(answer)
+            return _response(await self._carried(request, body))
         except Rejection as rejection:
             log.warning("%s: %s", request.raw_path[:80], rejection.error)
             return _rejected(rejection)

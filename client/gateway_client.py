@@ -42,6 +42,9 @@ _FAULTS = (OSError, http.client.HTTPException)  # ssl.SSLError and time-outs are
 _LONGEST_LINE = 300  # characters of what a gateway says
 
 Json = dict[str, Any]
+Exchanged = Callable[[str, int, int, int], None]
+"""Told of every attempt at an exchange: path, status (0: no answer came), bytes sent and received,
+bodies alone."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,11 @@ class GatewayClient(Closeable):
         membership: Membership,
         identity: Identity,
         clock: Callable[[], float] = time.monotonic,
+        exchanged: Exchanged = lambda path, status, up, down: None,
     ) -> None:
         """Raises IdentityError where the membership's certificate is not the identity's."""
         self.membership, self._identity, self._clock = membership, identity, clock
+        self._exchanged = exchanged
         self._tls = client_tls(membership.authority, identity, membership.certificate)
         self._signer = Signer(identity)
         self._lock, self._opening = threading.Lock(), threading.Lock()
@@ -225,9 +230,13 @@ class GatewayClient(Closeable):
     def _use(
         self, connection: GatewayConnection, method: str, path: str, body: bytes, headers: Headers
     ) -> Answer:
+        status = down = 0
         try:
-            return connection.exchange(method, path, body, headers)
+            answer = connection.exchange(method, path, body, headers)
+            status, down = answer.status, len(answer.body)
+            return answer
         finally:
+            self._exchanged(path, status, len(body), down)
             with self._lock:
                 self._busy.discard(connection)
                 if connection.is_open and not self._closed:

@@ -1,6 +1,7 @@
-"""How many bytes went to the coordinator and came back, a line of JSON for each exchange.
+"""How many bytes the daemon sent to the coordinator and got back, a line of JSON for each exchange,
+also for one that failed, which may have sent less.
 
-    {"time": Unix seconds, "path": ..., "status": HTTP's, "up": bytes, "down": bytes}
+    {"time": Unix seconds, "path": ..., "status": HTTP's or 0, "up": bytes, "down": bytes}
 
 The files stay small: the newest lines are in `traffic.jsonl`, those before in `traffic.jsonl.1`.
 It is for the participant to look at; the durable record of what was sent is the outgoing log.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable
 from logging.handlers import RotatingFileHandler
@@ -34,10 +36,15 @@ class TrafficLog(Closeable):
                 path, maxBytes=largest, backupCount=1, encoding="utf-8", errors="replace"
             )
         self._clock = clock
+        self._lock, self._closed = threading.Lock(), False
 
     def add(self, path: str, status: int, up: int, down: int) -> None:
         line = {"time": self._clock(), "path": path, "status": status, "up": up, "down": down}
-        self._file.handle(logging.makeLogRecord({"msg": json.dumps(line)}))
+        with self._lock:
+            if not self._closed:  # what is still under way at the end would open the file again
+                self._file.handle(logging.makeLogRecord({"msg": json.dumps(line)}))
 
     def close(self) -> None:
-        self._file.close()
+        with self._lock:
+            self._closed = True
+            self._file.close()

@@ -188,6 +188,7 @@ class Trainer:
         total, tokens = 0.0, response_tokens(examples)
         with self._in_use(slots, [request.side]), torch.no_grad():
             while ordered:
+                self.progress(0)  # it may have to stop here
                 chunk = ordered[: self.evaluated]
                 try:
                     total += float(self._token_losses(chunk).double().sum())

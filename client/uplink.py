@@ -20,7 +20,7 @@ from ..identity import Identity
 from ..store import Disk, explained
 from .departure import departure
 from .flower_key import FlowerKey
-from .gateway_client import Enrolment, GatewayClient, good
+from .gateway_client import Enrolment, Exchanged, GatewayClient, good
 from .gateway_connection import Answer
 from .home import MEMBERSHIP
 from .membership import Membership
@@ -44,11 +44,12 @@ class Uplink(Closeable):
         key: FlowerKey,
         disk: Disk | None = None,
         clock: Callable[[], float] = time.time,
+        exchanged: Exchanged = lambda path, status, up, down: None,
     ) -> None:
         """`folder` is the participant's, `identity` the file of its Ed25519 key, `clock` this
-        machine's."""
+        machine's; `exchanged` is told of all that goes to the gateway."""
         self._folder, self._identity, self._key = folder, identity, key
-        self._disk, self._clock = disk or Disk(), clock
+        self._disk, self._clock, self._exchanged = disk or Disk(), clock, exchanged
         self._lock = threading.Lock()
         self._client: GatewayClient | None = None
         self._stamp: Stamp = ()
@@ -130,7 +131,7 @@ class Uplink(Closeable):
             if self._client is None or stamp != self._stamp:
                 membership = Membership.load(self._folder)
                 identity = Identity.load_or_create(self._identity, self._disk)
-                old, self._client = self._client, GatewayClient(membership, identity)
+                old, self._client = self._client, self._talk(membership, identity)
                 self._stamp = stamp
                 if old is not None:
                     old.close()
@@ -138,8 +139,11 @@ class Uplink(Closeable):
 
     def _again(self, membership: Membership) -> Enrolment:
         identity = Identity.load_or_create(self._identity, self._disk)
-        with GatewayClient(membership.with_certificate(""), identity) as client:
+        with self._talk(membership.with_certificate(""), identity) as client:
             return client.enrol(self._key.public_pem)
+
+    def _talk(self, membership: Membership, identity: Identity) -> GatewayClient:
+        return GatewayClient(membership, identity, exchanged=self._exchanged)
 
 
 def _passed(answer: Answer) -> Answer:

@@ -1,7 +1,7 @@
 """What the resident trainer keeps loaded for one run: base model, the participant's text, member.
 
-The base is loaded once in a process's life.  What could not be loaded is tried again with the next
-request, so that a participant mends a file and the run goes on.
+The base is loaded once in a process's life; one that cannot be used needs a restart.  Text that
+could not be read, and a GPU that was another's, are tried again with the next request.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class Workplace(Closeable):
     _bench: Workbench | None = None
     _trainer: Trainer | None = None
     _base_fault: MeadowError | None = None
+    _claimed: bool = False
     _held: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
@@ -118,6 +119,7 @@ class Workplace(Closeable):
         if self._base_fault is not None:
             raise self._base_fault
         if self._bench is None:
+            self._claim_gpu()
             begun = time.perf_counter()
             try:
                 self._bench = self._load_base(policy)
@@ -127,9 +129,15 @@ class Workplace(Closeable):
             self.base_loads.add(time.perf_counter() - begun)
         return self._bench
 
+    def _claim_gpu(self) -> None:
+        """Raises ModelError while another run has it: that ends one day."""
+        if not self._claimed:
+            claim = gpu_claimed(self.config.model.device, default_path().parent)
+            self._held.enter_context(claim)
+            self._claimed = True
+
     def _load_base(self, policy: Policy) -> Workbench:
         config = self.config.replace(model={"base": policy.base}) if policy.base else self.config
-        self._held.enter_context(gpu_claimed(config.model.device, default_path().parent))
         bench = open_workbench(config)
         if bench.base.digest != self.terms.base_digest:
             raise FormatError(

@@ -30,6 +30,7 @@ from . import (
 from .config import Config, load, options_of, write
 from .display import Display, bytes_text
 from .errors import ConfigError, MeadowError, StorageError
+from .store import Disk
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         report = options.run(options, console)
         if options.json is not None:
-            _write_text(options.json, json.dumps(report, indent=1) + "\n")
+            _write_report(options.json, report, options.secret)
     except MeadowError as error:
         console.print(
             f"meadow: {error}", style="red", markup=False, highlight=False, soft_wrap=True
@@ -140,7 +141,7 @@ def _command(commands: Any, name: str, run: Any, about: str) -> argparse.Argumen
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write the result there, as JSON"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, secret=False)
     return parser
 
 
@@ -217,6 +218,16 @@ _FLAGS = {
     "secure_sum": "secure sum",
     "personal": "a part stays personal",
 }
+
+
+def _write_report(path: Path, report: Any, secret: bool) -> None:
+    """A command's result, for its owner's eyes alone where it holds a secret."""
+    text = json.dumps(report, indent=1) + "\n"
+    if secret:
+        Disk().folder(path.absolute().parent)
+        Disk().write(path, text.encode(), 0o600)
+    else:
+        _write_text(path, text)
 
 
 def _write_text(path: Path, text: str) -> None:

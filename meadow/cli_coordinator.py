@@ -16,6 +16,7 @@ from rich.console import Console
 
 from .config import Config, load
 from .display import Display
+from .file_lock import is_held
 from .invitation import Invitation
 from .participant_name import normal_name
 from .store import Disk, locked
@@ -36,6 +37,7 @@ def add_commands(commands: Any, add: Add) -> None:
     _on_folder(commands, add, "status", _status, "how the run stands, and who is online")
     invite = _on_folder(commands, add, "invite", _invite, "print an invitation for a participant")
     invite.add_argument("name", help="what to call the participant")
+    invite.set_defaults(secret=True)  # an invitation is a password
 
     _on_folder(commands, add, "clients", _clients, "list participants")
     for name, about in (
@@ -43,6 +45,7 @@ def add_commands(commands: Any, add: Add) -> None:
         ("suspend", "refuse a participant until `readmit`"),
         ("readmit", "let a suspended participant in again"),
         ("revoke", "refuse a participant's key for good"),
+        ("withdraw", "retract what a participant has contributed, and refuse its key"),
     ):
         change = _on_folder(commands, add, name, _CHANGES[name], about)
         change.add_argument("name")
@@ -230,7 +233,29 @@ def _revoke(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     return _changed(options, lambda roster: roster.revoke(options.name))
 
 
-_CHANGES = {"approve": _approve, "suspend": _suspend, "readmit": _readmit, "revoke": _revoke}
+def _withdraw(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """What `meadow client leave --withdraw` asks for, for who cannot ask any more."""
+    from .server.deployment import read_inbox
+    from .server.roster import Roster
+
+    home, _ = _opened(options)
+    with Roster.open(home.roster) as roster:
+        roster.withdraw(options.name)
+    screen = Console(markup=False, highlight=False, soft_wrap=True)
+    if is_held(home.server_app_lock):
+        screen.print("before a round is combined again the contributions are deleted")
+    else:
+        read_inbox(home, lambda event: screen.print(event.data["text"]))
+    return {"name": options.name}
+
+
+_CHANGES = {
+    "approve": _approve,
+    "suspend": _suspend,
+    "readmit": _readmit,
+    "revoke": _revoke,
+    "withdraw": _withdraw,
+}
 
 
 def _changed(options: argparse.Namespace, change: Callable[[Any], Any]) -> dict[str, Any]:

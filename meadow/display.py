@@ -28,6 +28,12 @@ def bytes_text(count: float) -> str:
     raise AssertionError
 
 
+def late_text(data: Mapping[str, Any]) -> str:
+    """What becomes of an answer that came late, from its event's data."""
+    fate = f"counts in round {data['counts_in']}" if "counts_in" in data else "is left out"
+    return f"{data['client']} answered too late and {fate}"
+
+
 def seconds_text(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02d}"
@@ -91,7 +97,7 @@ class Display:
         elif event.kind == "refused":
             self._say(f"round {event.round}: refused {data['client']}: {data['reason']}")
         elif event.kind == "late":
-            self._say(f"round {event.round}: {data['client']} answered too late and is left out")
+            self._say(f"round {event.round}: {late_text(data)}")
         elif event.kind == "notice":
             self._say(data["text"])
         elif event.kind == "published":

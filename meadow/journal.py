@@ -23,22 +23,12 @@ from typing import Any
 from .canonical_json import Json, canonical
 from .closeable import Closeable
 from .errors import FormatError, JournalError, UpdateError
+from .journal_tables import LATE, TABLES
+from .machine_changes import machine_changes
 from .store import Blobs, Disk, digest_of, explained, locked
 
 FORMAT = 1
 _ANEW = "choose another --out, or delete that folder to start anew"
-
-_TABLES = (
-    "CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
-    "CREATE TABLE notes (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
-    # state and metrics are NULL while the round is open
-    "CREATE TABLE rounds (number INTEGER PRIMARY KEY, cohort TEXT NOT NULL,"
-    " state TEXT, metrics TEXT)",
-    "CREATE TABLE contributions (round INTEGER, client TEXT, digest TEXT NOT NULL,"
-    " PRIMARY KEY (round, client))",
-    "CREATE TABLE refusals (round INTEGER, client TEXT, reason TEXT NOT NULL,"
-    " PRIMARY KEY (round, client))",
-)
 
 
 @dataclass(frozen=True)
@@ -106,7 +96,7 @@ class Journal(Closeable):
 
     def open_round(self, number: int, cohort: Sequence[str]) -> None:
         """Open the round after the last closed one, with its clients in fold order."""
-        newest = self._newest()
+        newest = self.newest()
         if self.current() is not None or newest is None or number != newest + 1:
             raise ValueError(f"round {number} cannot be opened after round {newest}")
         if len(set(cohort)) != len(cohort):
@@ -134,27 +124,38 @@ class Journal(Closeable):
             return OpenRound(number, tuple(self._load(cohort)))
         return None
 
-    def close_round(self, number: int, state: bytes, metrics: Mapping[str, Json]) -> None:
+    def close_round(
+        self,
+        number: int,
+        state: bytes,
+        metrics: Mapping[str, Json],
+        late: Sequence[tuple[int, str]] = (),
+    ) -> None:
         """Store the state that follows from a round, its metrics and its end, all in one.
 
-        Round 0 is never opened: closing it stores the initial state.
+        Round 0 is never opened: closing it stores the initial state.  `late` are the answers to
+        earlier rounds, as (round, client), that this one has counted.
         """
         opened = self.current()
-        first = number == 0 and self._newest() is None
+        first = number == 0 and self.newest() is None
         if not first and (opened is None or opened.number != number):
             raise ValueError(f"round {number} is not open")
         cohort = canonical(list(opened.cohort) if opened else [])
         row = (number, cohort, self._blobs.put(state), json.dumps(dict(metrics), sort_keys=True))
         with self._transaction():
             self._db.execute("INSERT OR REPLACE INTO rounds VALUES (?, ?, ?, ?)", row)
+            query = "UPDATE late SET counted = ? WHERE round = ? AND client = ?"
+            self._db.executemany(query, [(number, *answer) for answer in late])
 
     def last(self) -> tuple[int, bytes] | None:
         """Number and state of the last closed round; None before the initial state is stored."""
-        newest = self._newest()
-        if newest is None:
-            return None
-        ((state,),) = self._rows("SELECT state FROM rounds WHERE number = ?", newest)
-        return newest, self._blobs.get(state)
+        newest = self.newest()
+        return None if newest is None else (newest, self.state(newest))
+
+    def state(self, number: int) -> bytes:
+        """The state after a closed round.  JournalError if it is damaged or was pruned."""
+        ((state,),) = self._rows("SELECT state FROM rounds WHERE number = ?", number)
+        return self._blobs.get(state)
 
     def metrics(self) -> list[dict[str, Json]]:
         """`{"round": number, **metrics}` of every closed round, in order, round 0 included.
@@ -183,7 +184,27 @@ class Journal(Closeable):
         digest = self._blobs.put(payload)
         with self._transaction():
             self._db.execute("INSERT INTO contributions VALUES (?, ?, ?)", (number, client, digest))
+            self._db.execute("DELETE FROM late WHERE round = ? AND client = ?", (number, client))
         return True
+
+    def keep_late(self, number: int, client: str, payload: bytes, since: int) -> bool:
+        """Store an answer to a round that went on without it, for round `since`; False where that
+        client counted or was refused there, or is kept.  UpdateError for who was not asked."""
+        if client not in self.cohort(number):
+            raise UpdateError(f"{client} was not asked in round {number}")
+        kept = self._rows("SELECT 1 FROM late WHERE round = ? AND client = ?", number, client)
+        if kept or client in self.contributions(number) or client in self.refusals(number):
+            return False
+        row = (number, client, self._blobs.put(payload), since)
+        with self._transaction():
+            self._db.execute("INSERT INTO late VALUES (?, ?, ?, ?, NULL)", row)
+        return True
+
+    def late(self, number: int) -> list[tuple[int, str, str]]:
+        """Round, client and digest of the late answers that round `number` may count, in order."""
+        query = "SELECT round, client, digest FROM late WHERE since <= ? AND counted IS NULL"
+        found = self._rows(f"{query} ORDER BY round, client", number)
+        return [(asked, client, digest) for asked, client, digest in found]
 
     def refuse(self, number: int, client: str, reason: str) -> None:
         """Record why a client's answer does not count; the first reason stays.
@@ -203,17 +224,20 @@ class Journal(Closeable):
     def retract(self, client: str, reason: str) -> list[int]:
         """Forget all that a client has contributed; the rounds that it had contributed to.
 
-        Its payloads are deleted with the next `prune`.  It is refused in the open round, if that
-        is one of them or asks it.  What closed rounds made of its contributions stays in them.
+        Its payloads are deleted with the next `prune` or `sweep`.  It is refused in the open round,
+        if that is one of them or asks it.  What closed rounds made of it all stays in them.
         """
         found = self._rows(
-            "SELECT round FROM contributions WHERE client = ? ORDER BY round", client
+            "SELECT round FROM contributions WHERE client = ? UNION"
+            " SELECT round FROM late WHERE client = ? ORDER BY round",
+            *(client, client),
         )
         rounds = [int(number) for (number,) in found]
         opened = self.current()
         asked = [opened.number] if opened is not None and client in opened.cohort else []
         with self._transaction():
-            self._db.execute("DELETE FROM contributions WHERE client = ?", (client,))
+            for table in ("contributions", "late"):
+                self._db.execute(f"DELETE FROM {table} WHERE client = ?", (client,))
             for number in {*rounds, *asked}:
                 self._db.execute(
                     "INSERT OR IGNORE INTO refusals VALUES (?, ?, ?)", (number, client, reason)
@@ -223,7 +247,7 @@ class Journal(Closeable):
     def contributions(self, number: int) -> dict[str, str]:
         """The digest of each client that contributed to a round, in the cohort's order."""
         found = dict(self._rows("SELECT client, digest FROM contributions WHERE round = ?", number))
-        return {client: found[client] for client in self._cohort(number) if client in found}
+        return {client: found[client] for client in self.cohort(number) if client in found}
 
     def refusals(self, number: int) -> dict[str, str]:
         """The reason of each client that was refused in a round, sorted by client."""
@@ -253,9 +277,13 @@ class Journal(Closeable):
         """
         if keep_rounds < 1:
             raise ValueError(f"keep_rounds is {keep_rounds}: the last state has to stay")
-        newest = self._newest()
+        newest = self.newest()
         if newest is not None:
             self._blobs.sweep(self._digests(newest - keep_rounds + 1))
+
+    def sweep(self) -> None:
+        """Delete what no row names: payloads that were retracted, or left by a crash."""
+        self._blobs.sweep(self._digests(0))
 
     # Opening
 
@@ -275,7 +303,7 @@ class Journal(Closeable):
             self._resume(identity)
         self.run_id = self._fact("run_id")
         self._disk.folder(self._folder / "blobs")
-        self._blobs.sweep(self._digests(0))  # what a crash left without a row
+        self.sweep()
 
     def _create(self, identity: RunIdentity) -> None:
         blobs = self._folder / "blobs"
@@ -288,7 +316,7 @@ class Journal(Closeable):
             "environments": [dict(identity.environment)],
         }
         with self._transaction():
-            for statement in (*_TABLES, f"PRAGMA user_version = {FORMAT}"):
+            for statement in (*TABLES, f"PRAGMA user_version = {FORMAT}"):
                 self._db.execute(statement)
             for key, value in facts.items():
                 self._write_fact(key, value)
@@ -298,6 +326,9 @@ class Journal(Closeable):
             raise JournalError(f"{self._folder} holds a run with other settings", _ANEW)
         if self._fact("base") != identity.base_digest:
             raise JournalError(f"{self._folder} holds a run of another base model", _ANEW)
+        if not self._rows("SELECT 1 FROM sqlite_master WHERE name = 'late'"):  # of an older meadow
+            with self._transaction():
+                self._db.execute(LATE)
         self._compare_machines(dict(identity.environment))
 
     def _compare_machines(self, mine: dict[str, str]) -> None:
@@ -307,7 +338,7 @@ class Journal(Closeable):
             seen.append(mine)
             with self._transaction():
                 self._write_fact("environments", seen)
-        changes = _changes(seen)
+        changes = machine_changes(seen)
         if changes:
             self.notices.append(
                 f"the machine changed during this run ({changes}): bit-for-bit equality with an "
@@ -338,12 +369,13 @@ class Journal(Closeable):
     def _write_fact(self, key: str, value: Json) -> None:
         self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, canonical(value)))
 
-    def _newest(self) -> int | None:
-        """Number of the last closed round."""
+    def newest(self) -> int | None:
+        """Number of the last closed round; None before the initial state is stored."""
         ((number,),) = self._rows("SELECT max(number) FROM rounds WHERE state IS NOT NULL")
         return None if number is None else int(number)
 
-    def _cohort(self, number: int) -> list[str]:
+    def cohort(self, number: int) -> list[str]:
+        """Who was asked in a round; nobody in one that was never opened."""
         rows = self._rows("SELECT cohort FROM rounds WHERE number = ?", number)
         return list(self._load(rows[0][0])) if rows else []
 
@@ -362,14 +394,5 @@ class Journal(Closeable):
             "SELECT state FROM rounds WHERE number >= ? AND state IS NOT NULL", since
         )
         payloads = self._rows("SELECT digest FROM contributions WHERE round >= ?", since)
-        return {digest for (digest,) in states + payloads}
-
-
-def _changes(seen: Sequence[Mapping[str, str]]) -> str:
-    """`key a -> b` of everything that was not the same in all environments."""
-    parts = []
-    for key in sorted({key for environment in seen for key in environment}):
-        values = list(dict.fromkeys(environment.get(key, "unknown") for environment in seen))
-        if len(values) > 1:
-            parts.append(f"{key} {' -> '.join(values)}")
-    return ", ".join(parts)
+        late = self._rows("SELECT digest FROM late WHERE counted IS NULL")
+        return {digest for (digest,) in states + payloads + late}

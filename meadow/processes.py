@@ -11,24 +11,26 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 from .closeable import Closeable
+from .errors import StorageError
 from .events import Event, Observer
 from .store import Disk, explained
 
 FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  # seconds before a restart; doubled each time
 HEALTHY_AFTER = 60.0  # seconds of life after which the back-off begins anew
 _PATIENCE = 8.0  # seconds between asking a group to end and ending it
-_LARGEST_LOG = 10_000_000  # bytes; an older one is kept beside it, once
+_LARGEST_LOG = 10_000_000  # bytes; what is older is kept beside it, once
 _TAIL, _LONGEST_SAID = 4096, 300  # bytes of a log that are looked at, characters that are told
 _DIE_WITH_PARENT = 1  # prctl(2): PR_SET_PDEATHSIG
 _LIBC = ctypes.CDLL(None)  # before the fork, after which little is safe
@@ -95,6 +97,7 @@ class Supervisor(Closeable):
             child = self._children[name]
             if not child.alive:
                 self._restart(child)
+            _trim(self._log_of(name))
             if not self.ready(name):
                 return
 
@@ -133,23 +136,31 @@ class Supervisor(Closeable):
         now = self._clock()
         if child.process is not None:
             self._mourn(child, now)
-        if now >= child.not_before:
+        if now < child.not_before:
+            return
+        try:
             self._start(child, now)
+        except StorageError as error:
+            self._put_off(child, now, f"{child.program.name} is not started: {error}")
 
     def _mourn(self, child: _Child, now: float) -> None:
         """A child has ended by itself: say so, end its group and set its back-off."""
         assert child.process is not None
         lived = now - child.started
         child.delay = FIRST_DELAY if lived > HEALTHY_AFTER else child.delay
-        child.not_before = now + child.delay
         code = child.process.returncode
         text = f"{child.program.name} ended ({_status(code)})"
-        if code > 0 and (said := _last_line(self._folder / f"{child.program.name}.log")):
+        if code > 0 and (said := _last_line(self._log_of(child.program.name))):
             text += f" and said: {said}"
-        self._observer(Event("notice", 0, {"text": f"{text}; again in {child.delay:g} s"}))
-        child.delay = min(LONGEST_DELAY, 2 * child.delay)
+        self._put_off(child, now, text)
         _end_group(child.process)
         child.process = None
+
+    def _put_off(self, child: _Child, now: float, text: str) -> None:
+        """Say why a child is to be started again, and when."""
+        self._observer(Event("notice", 0, {"text": f"{text}; again in {child.delay:g} s"}))
+        child.not_before = now + child.delay
+        child.delay = min(LONGEST_DELAY, 2 * child.delay)
 
     def _start(self, child: _Child, now: float) -> None:
         program = child.program
@@ -157,8 +168,8 @@ class Supervisor(Closeable):
         if program.ready_file is not None:
             program.ready_file.unlink(missing_ok=True)
         command = list(program.command())
-        log = self._folder / f"{program.name}.log"
-        with explained(log), _log(log) as output:
+        log = self._log_of(program.name)
+        with explained(log), log.open("ab", buffering=0) as output:
             child.process = subprocess.Popen(
                 command,
                 env={**os.environ, **program.environment},
@@ -171,13 +182,21 @@ class Supervisor(Closeable):
         child.started = now
         self._write()
 
+    def _log_of(self, name: str) -> Path:
+        return self._folder / f"{name}.log"
+
     def _write(self) -> None:
+        """Keep which groups run, for who comes after a supervisor that was killed.  A disk that
+        refuses is no reason to stop them."""
         groups = {
             name: child.process.pid
             for name, child in self._children.items()
             if child.process is not None
         }
-        self._disk.write(self._record, json.dumps(groups).encode())
+        try:
+            self._disk.write(self._record, json.dumps(groups).encode())
+        except StorageError as error:
+            self._observer(Event("notice", 0, {"text": str(error)}))
 
 
 def free_port() -> int:
@@ -212,10 +231,13 @@ def _is_zombie(pid: int) -> bool:
     return state == "Z"
 
 
-def _log(path: Path) -> BinaryIO:
-    if path.exists() and path.stat().st_size > _LARGEST_LOG:
-        path.replace(path.with_suffix(".log.old"))
-    return path.open("ab", buffering=0)
+def _trim(log: Path) -> None:
+    """Put what a log holds beside it, where it has grown large.  Who writes it goes on in the same
+    file, and appends: the next line is its first."""
+    with suppress(OSError):  # no room for a copy, or no log yet
+        if log.stat().st_size > _LARGEST_LOG:
+            shutil.copyfile(log, log.with_suffix(".log.old"))
+            os.truncate(log, 0)
 
 
 def _last_line(log: Path) -> str:

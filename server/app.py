@@ -16,6 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from ..message_pieces import cut, joined
 from .coordinator import Refusal
+from .late_answers import Late
 from .reply_collector import Collector, Direct, Replies
 
 VERBS = {"train": "train", "evaluate": "evaluate"}
@@ -24,6 +25,9 @@ VERBS = {"train": "train", "evaluate": "evaluate"}
 _LOST = frozenset({3, 4, 5, 8})
 """Errors of Flower's own by which nobody refuses: a message, its answer, the SuperNode or its
 client process is gone (flwr.common.constant.ErrorCode)."""
+
+_SPARE_SECONDS = 60.0
+"""So much longer than somebody waits for its answer a message can be answered."""
 
 _LOOK_SECONDS = 1.0
 """Between two questions whether a SuperNode has begun anew."""
@@ -47,8 +51,8 @@ class GridPeers:
     `elsewhere` says that the nodes are other machines, whose replies may come slowly or not at all.
     `door` tells one gateway from the next: what a gateway that was killed had in hand is lost.
     What is lost on its way, because a process at either end was killed, is asked again once the
-    node is online: a participant answers with the same bytes.  Replies that come when nobody waits
-    for them any more are pulled and dropped, by name.
+    node is online: a participant answers with the same bytes.  A question can be answered for as
+    long as `lives` deadlines; what comes when nobody waits for it any more is told as such.
     """
 
     def __init__(
@@ -57,14 +61,15 @@ class GridPeers:
         nodes: Nodes,
         groups: Callable[[Sequence[str]], list[list[str]]],
         poll: float = 0.0,
-        on_late: Callable[[str], None] = lambda name: None,
         elsewhere: bool = False,
         door: Door = lambda: None,
+        lives: int = 1,
     ) -> None:
         self._grid, self._nodes, self._groups = grid, nodes, groups
-        self._poll, self._on_late, self._door = poll, on_late, door
+        self._poll, self._door, self._lives = poll, door, lives
         self._replies: Replies[Message] = (Collector if elsewhere else Direct)(self._pull_one)
         self._late: dict[str, str] = {}  # message id to name
+        self._questions: dict[str, tuple[str, int]] = {}  # message id to verb and round
 
     def names(self) -> list[str]:
         online = set(self._grid.get_node_ids())
@@ -79,10 +84,12 @@ class GridPeers:
         names: Sequence[str],
         payload: Callable[[str], bytes],
         deadline_seconds: float,
-    ) -> Iterator[tuple[str, bytes | Refusal]]:
+        number: int = 0,
+    ) -> Iterator[tuple[str, bytes | Refusal | Late]]:
         deadline = time.monotonic() + deadline_seconds
+        more = (self._lives - 1) * deadline_seconds + _SPARE_SECONDS
         begun = Begun(self._grid, self._door)
-        pending = self._push(verb, names, payload, deadline_seconds)
+        pending = self._push((verb, number), names, payload, deadline_seconds + more)
         lost: set[str] = set()
         try:
             while (pending or lost) and (left := deadline - time.monotonic()) > 0:
@@ -91,8 +98,8 @@ class GridPeers:
                 if back := sorted(lost.intersection(self.names() if lost else ())):
                     lost.difference_update(back)
                     begun.note(map(self._nodes().__getitem__, back))
-                    pending |= self._push(verb, back, payload, left)
-                self._drop_late()
+                    pending |= self._push((verb, number), back, payload, left + more)
+                yield from self._come_late()
                 time.sleep(self._poll)
         finally:
             self._late |= pending
@@ -113,7 +120,7 @@ class GridPeers:
             lost.discard(name)
             self._late |= {id: pending.pop(id) for id in list(pending) if pending[id] == name}
             yield name, Refusal(_GONE)
-        for name, reply in self._pull(pending):
+        for name, _, reply in self._pull(pending):
             if isinstance(reply, _Lost):
                 lost.add(name)
             else:
@@ -121,10 +128,10 @@ class GridPeers:
 
     def _push(
         self,
-        verb: str,
+        question: tuple[str, int],
         names: Sequence[str],
         payload: Callable[[str], bytes],
-        deadline_seconds: float,
+        seconds: float,
     ) -> dict[str, str]:
         """Message id to name.  Each message is made, sent and forgotten before the next."""
         nodes = self._nodes()
@@ -134,23 +141,28 @@ class GridPeers:
                 message = Message(
                     wrap(payload(name)),
                     dst_node_id=nodes[name],
-                    message_type=VERBS[verb],
-                    ttl=deadline_seconds + 60.0,
+                    message_type=VERBS[question[0]],
+                    ttl=seconds,
                 )
-                pending |= dict.fromkeys(self._grid.push_messages([message]), name)
+                pending |= (sent := dict.fromkeys(self._grid.push_messages([message]), name))
+                self._questions |= dict.fromkeys(sent, question)
         return pending
 
-    def _pull(self, pending: dict[str, str]) -> Iterator[tuple[str, bytes | Refusal]]:
+    def _pull(
+        self, pending: dict[str, str]
+    ) -> Iterator[tuple[str, tuple[str, int], bytes | Refusal]]:
+        """Name, question and reply."""
         for message_id, reply in self._replies.of(pending):
-            yield pending.pop(message_id), _unwrap(reply)
+            question = self._questions.pop(message_id)
+            yield pending.pop(message_id), question, _unwrap(reply)
 
     def _pull_one(self, message_id: str) -> list[Message]:
         return list(self._grid.pull_messages([message_id]))
 
-    def _drop_late(self) -> None:
-        for name, reply in self._pull(self._late):
+    def _come_late(self) -> Iterator[tuple[str, Late]]:
+        for name, question, reply in self._pull(self._late):
             if not isinstance(reply, _Lost):
-                self._on_late(name)
+                yield name, Late(*question, reply if name in self._nodes() else Refusal(_GONE))
 
 
 class Begun:
@@ -197,7 +209,7 @@ class _Lost(Refusal):
 def _unwrap(reply: Message) -> bytes | Refusal:
     if reply.has_error():
         lost = reply.error.code in _LOST
-        return _Lost(reply.error.reason) if lost else Refusal(reply.error.reason)
+        return (_Lost if lost else Refusal)(reply.error.reason or "for no known reason")
     payload = joined(reply.content.config_records)
     return Refusal("the reply carries no payload") if payload is None else payload
 
@@ -229,8 +241,8 @@ def deployed(grid: Grid, context: Context) -> None:
     folder = Path(os.environ["MEADOW_COORDINATOR"])
     door = CoordinatorHome(folder).which_gateway
 
-    def peers_of(nodes: Nodes, on_late: Callable[[str], None]) -> GridPeers:
+    def peers_of(nodes: Nodes, lives: int) -> GridPeers:
         poll, alone = deployment.POLL_SECONDS, deployment.alone
-        return GridPeers(grid, nodes, alone, poll, on_late, elsewhere=True, door=door)
+        return GridPeers(grid, nodes, alone, poll, elsewhere=True, door=door, lives=lives)
 
     deployment.serve(folder, peers_of)

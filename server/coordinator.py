@@ -12,12 +12,13 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from ..config import Config
 from ..errors import FormatError, QuorumError, UpdateError
 from ..events import Event, Observer
 from ..journal import Journal
+from ..one_line import one_line
 from ..strategies.base import Measured, State, Strategy, Turn, Update
 from ..strategies.messages import (
     INTEGERS,
@@ -29,14 +30,19 @@ from ..strategies.messages import (
     unpack_state,
     unpack_update,
 )
+from ..strategies.staleness import patience_of
 from ..strategies.transforms import Transform, to_server
 from ..wire import require_finite
+from .late_answers import Late, LateAnswers
 
 KEPT_ROUNDS = 2  # payloads and states of older rounds are deleted
 
 
 class Refusal(str):
-    """Why a peer did not answer a request: its error, in one line."""
+    """Why a peer did not answer a request: its error, in one line, whatever it sent."""
+
+    def __new__(cls, reason: str) -> Self:
+        return super().__new__(cls, one_line(reason))
 
 
 class Peers(Protocol):
@@ -52,8 +58,12 @@ class Peers(Protocol):
         names: Sequence[str],
         payload: Callable[[str], bytes],
         deadline_seconds: float,
-    ) -> Iterator[tuple[str, bytes | Refusal]]:
-        """Answers as they arrive; ends when all are in or the deadline has passed."""
+        number: int = 0,
+    ) -> Iterator[tuple[str, bytes | Refusal | Late]]:
+        """Answers as they arrive; ends when all are in or the deadline has passed.
+
+        What came too late for an earlier question comes as well, with the round `number` of that.
+        """
 
 
 def sample(names: Sequence[str], fraction: float, seed: int, round: int) -> list[str]:
@@ -78,10 +88,14 @@ class Coordinator:
         transforms: Sequence[Transform] = (),
         observer: Observer = lambda event: None,
         closed: Callable[[int, State], None] = lambda number, state: None,
+        collected: Callable[[], None] = lambda: None,
     ) -> None:
-        """`closed` is told the number and the state of each round once it is in the journal."""
+        """`closed` is told the number and the state of each round once it is in the journal;
+        `collected` is called when nobody is waited for any more and nothing is combined yet."""
         self.config, self.strategy, self.journal, self.peers = config, strategy, journal, peers
-        self.transforms, self.observer, self.closed = transforms, observer, closed
+        self.transforms, self.observer = transforms, observer
+        self.closed, self.collected = closed, collected
+        self._late = LateAnswers(config, strategy, journal, transforms, observer, self.turn)
         self._header = {"run": journal.run_id, "config": config.shared().digest()}
         self.state = self._resume()
 
@@ -155,14 +169,16 @@ class Coordinator:
         self.observer(Event("round_opened", number, {"cohort": cohort, "rounds": rounds.count}))
         sent = self.strategy.broadcast(self.state, self.turn(number, cohort))
         bytes_down = self._collect(number, cohort, sent)
+        self.collected()
         total, figures = self._combine(number, cohort, sent)
         if total.weight > 0:
             self._step(total, self.turn(number, cohort))
             figures |= self.state.data
         measured = self._evaluate(number, figures["missing"])
         metrics = {"round": number, "bytes_down": bytes_down, **figures, **measured}
-        self.journal.close_round(number, pack_state(self.state), metrics)
-        self.journal.prune(KEPT_ROUNDS)
+        late = figures.get("late", ())
+        self.journal.close_round(number, pack_state(self.state), metrics, late)
+        self.journal.prune(max(KEPT_ROUNDS, 1 + patience_of(self.strategy)))
         self.observer(Event("round_closed", number, metrics))
         self.closed(number, self.state)
 
@@ -192,13 +208,24 @@ class Coordinator:
             return data
 
         missing = self._wanted(cohort) - len(self.journal.contributions(number))
-        replies = self.peers.ask("train", asked, payload, self.config.rounds.deadline_seconds)
+        replies = self._ask("train", asked, payload, number)
         for name, reply in replies if missing > 0 else ():
             if name not in answered:
                 missing -= self._receive(number, name, reply, sent, cohort)
             if missing <= 0 and self.config.rounds.spare:
                 break  # the slowest are too late
         return sum(sizes[name] if name in sizes else len(payload(name)) for name in cohort)
+
+    def _ask(
+        self, verb: str, names: Sequence[str], payload: Callable[[str], bytes], number: int
+    ) -> Iterator[tuple[str, bytes | Refusal]]:
+        """Answers that come in time; those that do not are put aside, or dropped by name."""
+        deadline = self.config.rounds.deadline_seconds
+        for name, reply in self.peers.ask(verb, names, payload, deadline, number):
+            if isinstance(reply, Late):
+                self._late.take(name, reply)
+            else:
+                yield name, reply
 
     def _message(self, sent: Update, turn: Turn) -> bytes:
         """What a participant is sent: whose run and turn it is, and the broadcast."""
@@ -247,16 +274,18 @@ class Coordinator:
                 reducer.fold(to_server(self.transforms, update, sent, turn))
                 losses[name] = _figures(update).get("loss")
                 bytes_up += len(data)
+        late, more = self._late.fold(reducer, number, sent)
         total = reducer.total()
         figures = self.strategy.report(total, turn) if total.weight > 0 else {}
         figures = {**figures, **total.notes}
         missing = [name for name in cohort if name not in digests and name not in refusals]
         return total, {
-            "bytes_up": bytes_up,
+            "bytes_up": bytes_up + more,
             "train_loss": losses,
             "contributions": len(digests),
             "refused": refusals,
             "missing": missing,
+            **({"late": late} if late else {}),
             **figures,
         }
 
@@ -278,9 +307,8 @@ class Coordinator:
         def payload(name: str) -> bytes:
             return self._message(sent, self.turn(number, (), name))
 
-        deadline = self.config.rounds.deadline_seconds
         asked = [name for name in self.peers.names() if name not in without]
-        for name, reply in self.peers.ask("evaluate", asked, payload, deadline):
+        for name, reply in self._ask("evaluate", asked, payload, number):
             try:
                 answers[name] = _measured(reply, name)
             except (UpdateError, FormatError) as error:

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from ..address import split_address
 from ..config import Config
-from ..errors import ConfigError, FlowerError, RosterError
+from ..errors import ConfigError, FlowerError, RosterError, StorageError
 from ..events import Event, EventTail, Observer
 from ..file_lock import is_held
 from ..listening import require_free
 from ..participant_name import normal_name
-from ..processes import FIRST_DELAY, LONGEST_DELAY, Program, Supervisor
+from ..processes import FIRST_DELAY, HEALTHY_AFTER, LONGEST_DELAY, Program, Supervisor
 from ..store import Disk
 from .authority import Authority
 from .coordinator_home import CoordinatorHome
@@ -32,6 +32,8 @@ _EVERYWHERE = ("", "0.0.0.0", "[::]")
 _LISTEN = "choose another [coordinator] listen, or stop what listens there"
 NOTES_SECONDS = 1.0
 """How often the roster's notes are looked at."""
+AGAIN_SECONDS = 5.0
+"""Between two attempts to approve whoever was invited, where the first failed."""
 START_SECONDS = 60.0
 """How long a server app may take from Flower's run to its first sign of life."""
 
@@ -48,6 +50,7 @@ class CoordinatorDaemon:
         self._tail = EventTail(home.run / "events.jsonl")
         self._inbox = NoteTail(observer)
         self._app = _ServerApp(home, self.engine, observer)
+        self._approve_not_before = 0.0
 
     def run(self, stop: Callable[[], bool], opened: Callable[[], None] = lambda: None) -> bool:
         """Until the run is finished (True) or `stop` says so (False); `opened` is called once
@@ -92,13 +95,22 @@ class CoordinatorDaemon:
 
     def _approve_invited(self, roster: Roster) -> None:
         """Where an invitation is enough, whoever used one takes part."""
-        if self.config.coordinator.approve == "invited":
-            for person in roster.participants():
-                if person.status == "pending":
-                    try:
-                        approve(roster, self.engine, person.name)
-                    except FlowerError as error:
-                        self.observer(Event("notice", 0, {"text": str(error)}))
+        if self.config.coordinator.approve != "invited":
+            return
+        if time.monotonic() < self._approve_not_before:
+            return
+        for person in roster.participants():
+            if person.status == "pending":
+                self._approve(roster, person.name)
+
+    def _approve(self, roster: Roster, name: str) -> None:
+        """Flower or the disk may refuse, and the operator may decide otherwise meanwhile: the run
+        goes on."""
+        try:
+            approve(roster, self.engine, name)
+        except (FlowerError, RosterError, StorageError) as error:
+            self.observer(Event("notice", 0, {"text": f"{name} is not approved: {error}"}))
+            self._approve_not_before = time.monotonic() + AGAIN_SECONDS
 
 
 class _ServerApp:
@@ -110,22 +122,31 @@ class _ServerApp:
         self._begun = False
         self._asked = 0.0
         self._delay, self._not_before = FIRST_DELAY, 0.0
+        self._alive_since: float | None = None
 
     def keep(self, executor_ready: bool) -> None:
         """Begin a Flower run where no server app lives and none is about to."""
         now = time.monotonic()
         if self._alive():
-            self._begun, self._delay = True, FIRST_DELAY
+            self._lives(now)
             return
+        self._alive_since = None
         waiting = self._run is not None and not self._begun and now < self._asked + START_SECONDS
         if waiting or not executor_ready or now < self._not_before:
             return
         try:
             self._begin()
-        except FlowerError as error:
+        except (FlowerError, StorageError) as error:
             self._observer(Event("notice", 0, {"text": str(error)}))
         self._not_before = time.monotonic() + self._delay
         self._delay = min(LONGEST_DELAY, 2 * self._delay)
+
+    def _lives(self, now: float) -> None:
+        """One that ends soon each time is begun less and less often."""
+        self._begun = True
+        self._alive_since = now if self._alive_since is None else self._alive_since
+        if now - self._alive_since > HEALTHY_AFTER:
+            self._delay = FIRST_DELAY
 
     def _begin(self) -> None:
         if self._run is not None:
@@ -189,15 +210,15 @@ def approve(roster: Roster, engine: FlowerEngine, name: str, running: bool = Tru
     Raises RosterError where there is nothing to approve, ConfigError where no coordinator is
     `running` that Flower could be told by, FlowerError where Flower refuses.
     """
-    person, node = roster.by_name(name), 0
-    if person is not None and person.status == "approved":
-        return
-    if person is not None and person.status == "pending":
-        if not running:
-            raise ConfigError("the coordinator is not running", "start it, then approve")
-        known = {other.node_id for other in roster.participants()}
-        node = engine.register(person.flower_key, known)
-    roster.approve(name, node)  # says what is wrong where there is nothing to approve
+    with engine.registering():
+        person, node = roster.by_name(name), 0
+        if person is not None and person.status == "approved":
+            return
+        if person is not None and person.status == "pending":
+            if not running:
+                raise ConfigError("the coordinator is not running", "start it, then approve")
+            node = engine.register(person.flower_key, roster.nodes())
+        roster.approve(name, node)  # says what is wrong where there is nothing to approve
 
 
 def require_fingerprint(roster: Roster, name: str, expected: str) -> None:

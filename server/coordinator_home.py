@@ -177,8 +177,13 @@ class CoordinatorHome:
 
 
 def run_identity(config: Config, blueprint: Blueprint) -> RunIdentity:
-    """What the journal belongs to; addresses may change during a run."""
-    return RunIdentity(config.shared().digest(), blueprint.digest, environment())
+    """What the journal belongs to; addresses may change during a run.
+
+    The threads are those that the server app takes, whichever process asks.
+    """
+    found = environment()
+    found["threads"] = str(config.simulation.threads or found["threads"])
+    return RunIdentity(config.shared().digest(), blueprint.digest, found)
 
 
 def check_deployable(config: Config, blueprint: Blueprint) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..display import bytes_text
+from ..display import bytes_text, late_text
 from ..events import Event, last_events
 from ..store import explained
 from .coordinator_home import CoordinatorHome
@@ -57,7 +57,7 @@ def text_of(event: Event) -> str:
         case "refused":
             return f"round {number}: {data['client']} is not counted: {data['reason']}"
         case "late":
-            return f"round {number}: {data['client']} answered too late and is left out"
+            return f"round {number}: {late_text(data)}"
         case "round_closed":
             loss = f": held-out loss {data['loss']:.4f}" if "loss" in data else ""
             return f"round {number} closed{loss}"

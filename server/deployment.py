@@ -11,21 +11,22 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
 
 from ..config import Config
-from ..errors import QuorumError
-from ..events import Event, Observer
+from ..errors import MeadowError, QuorumError, StorageError
+from ..events import Event, EventLog, Observer
 from ..journal import Journal
 from ..peft_adapters.blueprint import Blueprint, open_blueprint
 from ..store import Disk, locked
 from ..strategies.registry import strategy_of
+from ..strategies.staleness import patience_of
 from ..strategies.transforms import make_transforms
 from .app import GridPeers, Nodes
-from .coordinator import KEPT_ROUNDS, Coordinator, Peers
+from .coordinator import Coordinator, Peers
 from .coordinator_home import CoordinatorHome, run_identity
 from .publishing import Publishing, open_publishing
 from .roster import Note, Roster
@@ -36,7 +37,8 @@ POLL_SECONDS = 0.2
 _APPROVED = "approved"
 _READ = "inbox"  # the journal's key for the last note that was acted upon
 
-PeersOf = Callable[[Nodes, Callable[[str], None]], GridPeers]
+PeersOf = Callable[[Nodes, int], GridPeers]
+"""Who may be asked, and for how many deadlines a question can be answered -> those peers."""
 
 
 def serve(folder: Path, peers_of: PeersOf, sleep: Callable[[float], None] = time.sleep) -> None:
@@ -44,20 +46,25 @@ def serve(folder: Path, peers_of: PeersOf, sleep: Callable[[float], None] = time
     home, disk = CoordinatorHome(folder), Disk()
     config = home.config()
     torch.set_num_threads(config.simulation.threads or torch.get_num_threads())
-    blueprint = open_blueprint(config.model)
+    # claimed first: to look through a large base takes minutes, in which it is taken for dead
+    with _claimed(home, disk), _told(home):
+        _work(home, config, open_blueprint(config.model), peers_of, disk, sleep)
+
+
+def _work(
+    home: CoordinatorHome,
+    config: Config,
+    blueprint: Blueprint,
+    peers_of: PeersOf,
+    disk: Disk,
+    sleep: Callable[[float], None],
+) -> None:
     with (
-        _claimed(home, disk),
         Journal.open(home.run, run_identity(config, blueprint), disk) as journal,
         Roster.open(home.roster) as roster,
         traces(journal, home.run, disk) as observer,
     ):
-
-        def late(name: str) -> None:
-            opened = journal.current()
-            number = 0 if opened is None else opened.number
-            observer(Event("late", number, {"client": name}))
-
-        peers = peers_of(lambda: nodes_of(roster), late)
+        peers = peers_of(lambda: nodes_of(roster), 1 + patience_of(strategy_of(config)))
         observer(Event("run_started", 0, {"run": journal.run_id}))
         for notice in journal.notices:
             observer(Event("notice", 0, {"text": notice}))
@@ -109,6 +116,7 @@ class DeployedRun:
             make_transforms(clients.clip_update, clients.wire),
             self.observer,
             self.output.settle,
+            self.inbox.read,
         )
         self.output.settle(coordinator.rounds_done, coordinator.state)
         while coordinator.rounds_done < self.config.rounds.count:
@@ -168,7 +176,8 @@ class DeployedRun:
 
 
 class Inbox:
-    """What participants have written to the coordinator, acted upon between rounds."""
+    """What participants have written to the coordinator, acted upon between rounds, and in a round
+    before anything is combined."""
 
     def __init__(self, roster: Roster, journal: Journal, observer: Observer) -> None:
         self._roster, self._journal, self._observer = roster, journal, observer
@@ -186,7 +195,7 @@ class Inbox:
         """Forget a participant's contributions, and ask it no more."""
         name = note.name
         rounds = self._journal.retract(name, "withdrawn by the participant")
-        self._journal.prune(KEPT_ROUNDS)  # its payloads too
+        self._journal.sweep()  # its payloads too
         person = self._roster.by_name(name)
         joined_anew = person is not None and person.enrolled > note.time
         if person is not None and not joined_anew and person.status != "revoked":
@@ -194,6 +203,18 @@ class Inbox:
         told = ", ".join(map(str, rounds)) or "none"
         text = f"{name} withdrew; its contributions are deleted (rounds: {told})"
         self._observer(Event("notice", 0, {"text": text}))
+
+
+def read_inbox(home: CoordinatorHome, observer: Observer) -> None:
+    """Act on what participants have written, while no server app does: after a run's end, say."""
+    disk, config = Disk(), home.config()
+    identity = run_identity(config, open_blueprint(config.model))
+    with (
+        _claimed(home, disk),
+        Journal.open(home.run, identity, disk) as journal,
+        Roster.open(home.roster) as roster,
+    ):
+        Inbox(roster, journal, observer).read()
 
 
 def nodes_of(roster: Roster) -> dict[str, int]:
@@ -208,6 +229,17 @@ def nodes_of(roster: Roster) -> dict[str, int]:
 def alone(cohort: Sequence[str]) -> list[list[str]]:
     """Participants on machines of their own: nobody computes together."""
     return [[name] for name in cohort]
+
+
+@contextmanager
+def _told(home: CoordinatorHome) -> Iterator[None]:
+    """What ends the work is an event: the operator hears why, and not only that it goes on anew."""
+    try:
+        yield
+    except MeadowError as error:
+        with suppress(StorageError), closing(EventLog(home.run / "events.jsonl")) as log:
+            log(Event("notice", 0, {"text": f"the server app ends: {error}"}))
+        raise
 
 
 @contextmanager

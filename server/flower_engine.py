@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from ..errors import FlowerError
+from ..file_lock import own_turn
 from ..flower_commands import (
     bundle_digest,
     bundle_in,
@@ -32,6 +34,7 @@ from ..store import Disk, explained
 from .authority import Authority
 
 _SITE = "meadow"  # the name of our SuperLink in Flower's own configuration
+_IN_USE = "already in use"  # Flower 1.41 of a key that it has registered
 
 
 class FlowerEngine:
@@ -90,18 +93,25 @@ class FlowerEngine:
         variables = {**self.environment, "MEADOW_COORDINATOR": str(home)}
         return Program("superexec", lambda: command, variables)
 
+    def registering(self) -> AbstractContextManager[None]:
+        """One approval at a time, whichever process makes it: until the roster has its node, it is
+        the one that nobody was given."""
+        return own_turn(self._folder / "registering.lock")
+
     def register(self, flower_key: str, known: Collection[int]) -> int:
         """Admit a SuperNode by its public key (PEM); its node id.  Raises FlowerError.
 
-        `known` are the nodes of other participants: a key that was registered just before a crash
-        is the one node that nobody has.
+        `known` are the nodes that participants have, or had: a key that was registered just before
+        a crash is the one node that nobody was ever given.
         """
         file = self._folder / "registering.pub"
         key = load_pem_public_key(flower_key.encode())
         self._disk.write(file, key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
         try:
             return int(self._flwr("supernode", "register", str(file))["node-id"])
-        except FlowerError:
+        except FlowerError as error:
+            if _IN_USE not in str(error):
+                raise  # it may be registered or not: nothing can be told from what others have
             rows = self._flwr("supernode", "list")["nodes"]
             unclaimed = {int(row["node-id"]) for row in rows}.difference(known)
             if len(unclaimed) != 1:

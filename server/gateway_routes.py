@@ -35,6 +35,7 @@ from ..fleet_routes import (
     PUSH_MESSAGES,
 )
 from ..signed_request import SESSION, check
+from .gateway_announcement import require_own_answer
 from .gateway_caller import Holder, holder_of, not_barred
 from .gateway_deliveries import Deliveries
 from .gateway_desk import Desk
@@ -170,7 +171,7 @@ class Routes:
             async with self._body(request, largest) as body, self._space(body):
                 self._count(request, holder, data := body.read())
                 if request.raw_path == PUSH_MESSAGES:
-                    return await self._announce(request, holder, data)
+                    return await self._announce(request, participant, data)
                 answer = await self._superlink.ask(request.raw_path, request.headers, data)
             if request.raw_path == CONFIRM and answer.status == 200:
                 self._deliveries.confirmed(holder.key)
@@ -190,13 +191,14 @@ class Routes:
         return _response(pulled)
 
     async def _announce(
-        self, request: web.BaseRequest, holder: Holder, body: bytes
+        self, request: web.BaseRequest, participant: Participant, body: bytes
     ) -> web.StreamResponse:
-        async with self._receipts.turn(holder.key):
-            receipt = self._receipts.of(holder.key, body)
+        require_own_answer(body, participant.node_id)
+        async with self._receipts.turn(participant.key):
+            receipt = self._receipts.of(participant.key, body)
             if receipt is None:
                 receipt = await self._superlink.told(PUSH_MESSAGES, request.headers, body)
-                self._receipts.keep(holder.key, body, receipt)
+                self._receipts.keep(participant.key, body, receipt)
         return _response(receipt)
 
     # What they have in common

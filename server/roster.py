@@ -41,7 +41,7 @@ from ..participant_name import normal_name
 from ..store import Disk, explained
 from .participant import TABLES as PARTICIPANT_TABLES
 from .participant import Participant, Status, find
-from .roster_changes import Changes
+from .roster_changes import NODE_GIVEN, Changes
 from .roster_notes import TABLES as NOTE_TABLES
 from .roster_notes import Note, append_note, read_notes
 
@@ -170,6 +170,12 @@ class Roster(Closeable):
         """Everybody, sorted by name."""
         return self._find("ORDER BY name")
 
+    def nodes(self) -> set[int]:
+        """Flower's id of every participant that was ever approved, also of those whose name another
+        key has now."""
+        told = (NODE_GIVEN.fullmatch(note.text) for note in self.notes() if note.kind == "approved")
+        return {int(found[1]) for found in told if found}
+
     def by_key(self, key: bytes) -> Participant | None:
         """Whose key (raw) this is now; None for a stranger's, and for one that was replaced."""
         return next(iter(self._find("WHERE key = ?", key)), None)
@@ -188,6 +194,18 @@ class Roster(Closeable):
         known = self.by_key(key)
         name, now = known.name if known else "", self._clock()
         return self._transaction(lambda: append_note(self._db, now, kind, name, key, text))
+
+    def withdraw(self, name: str) -> Note:
+        """Ask in a participant's place that what it has contributed is retracted.
+
+        Raises RosterError for who has never enrolled.
+        """
+        person = self.by_name(name)
+        if person is None or not person.key:
+            raise RosterError(
+                f"{name} has not enrolled", "`meadow coordinator clients` lists names"
+            )
+        return self.note("withdraw", person.key, "by the operator")
 
     def notes(self, after_id: int = 0) -> list[Note]:
         """The lines after one, in order.  JournalError where they are not as they were written."""

@@ -6,6 +6,7 @@ so already changes nothing and leaves none.
 
 from __future__ import annotations
 
+import re
 import sqlite3
 
 from ..errors import InvitationError, RosterError
@@ -14,6 +15,9 @@ from .roster_notes import append_note
 
 _NEW_INVITATION = "ask the operator for a new invitation"
 _OTHER_KEY = "make a new key and ask the operator for a new invitation"
+
+NODE_GIVEN = re.compile("node ([0-9]+)")
+"""The text of a note that somebody was approved."""
 
 
 class Changes:

@@ -15,9 +15,7 @@ from pathlib import Path
 
 from ..canonical_json import canonical
 from ..errors import JournalError
-
-LONGEST = 500
-"""Characters of a line's text; what is longer is cut."""
+from ..one_line import one_line
 
 TABLES = (
     # AUTOINCREMENT: SQLite remembers the last id, so that lines cut off at the end are missed
@@ -55,7 +53,7 @@ def append_note(
         raise ValueError(f"{kind!r} is no kind of note")
     last = database.execute("SELECT id, digest FROM notes ORDER BY id DESC LIMIT 1").fetchone()
     number, previous = last or (0, bytes(32))
-    note = Note(number + 1, float(time), kind, name, key, _one_line(text))
+    note = Note(number + 1, float(time), kind, name, key, one_line(text))
     row = (*astuple(note), _digest(note, previous))
     database.execute("INSERT INTO notes VALUES (?, ?, ?, ?, ?, ?, ?)", row)
     return note
@@ -91,9 +89,3 @@ def _is_whole(found: list[tuple[Note, bytes]], after_id: int, last: int) -> bool
 def _digest(note: Note, previous: bytes) -> bytes:
     fields = [note.id, note.time, note.kind, note.name, note.key.hex(), note.text, previous.hex()]
     return hashlib.sha256(_DOMAIN + canonical(fields).encode()).digest()
-
-
-def _one_line(text: str) -> str:
-    """Anybody's text as it can be shown in a terminal: nothing that moves the cursor."""
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:LONGEST])
-    return "".join(shown)[:LONGEST]

@@ -14,8 +14,9 @@ import torch
 
 from ..peft_adapters.factors import uniform_init
 from ..peft_adapters.layout import FACTORS, Site, Tree
-from .base import Loss, Sgd, State, Strategy, Trained, Turn, Update, Work, option
+from .base import Loss, Sgd, State, Trained, Turn, Update, Work, option
 from .server_optimizers import Kind, ServerOptimizer
+from .staleness import Patient
 
 
 def fresh_adapter(sites: Sequence[Site], rank: int, seed: int) -> Tree:
@@ -48,7 +49,7 @@ def notes_of(trained: Trained) -> dict[str, float | int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Averaging(Strategy):
+class Averaging(Patient):
     """FedAvg over the factors that `moving` names."""
 
     server_optimizer: Kind = option("avg", "avg, avgm (FedAvgM) or adam (FedAdam)")

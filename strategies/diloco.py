@@ -21,18 +21,20 @@ from typing import ClassVar, Literal
 from ..errors import ConfigError
 from ..peft_adapters.layout import FACTORS, Tree
 from .averaging import fresh_adapter, notes_of, put, select, under
-from .base import Loss, Sgd, State, Strategy, Turn, Update, Work, option
+from .base import Loss, Sgd, State, Turn, Update, Work, option
+from .staleness import Patient
 
 _OUTER_RATES = ((1, 0.4), (4, 0.6), (8, 0.8))  # (up to M clients, lr)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiLoCo(Strategy):
+class DiLoCo(Patient):
     name: ClassVar[str] = "diloco"
     paper: ClassVar[str] = "arXiv 2311.08105"
     summary: ClassVar[str] = (
         "inner AdamW state stays with the client; outer average, SGD or Nesterov"
     )
+    sends_changes: ClassVar[bool] = True
 
     outer: Literal["auto", "average", "sgd", "nesterov"] = option(
         "auto", "auto, average, sgd or nesterov"

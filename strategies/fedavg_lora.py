@@ -49,6 +49,10 @@ class FedAvgLora(Averaging):
             raise ConfigError(
                 'mixed ranks need refine = "product_svd": factors of unequal shape have no mean'
             )
+        if self.ranks and self.late:
+            raise ConfigError(
+                "late answers of another rank cannot be told as a change of the adapter: late = 0"
+            )
         if self.ranks and (self.keep_optimizer or self.optimizer.keeps_moments):
             raise ConfigError(
                 "mixed ranks change a client's coordinates each round: no moments can be kept",

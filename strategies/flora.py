@@ -17,17 +17,19 @@ from typing import ClassVar
 from ..errors import ConfigError
 from ..peft_adapters.layout import FACTORS, Tree
 from .averaging import fresh_adapter, notes_of, put, under
-from .base import Loss, Reducer, Sgd, State, Strategy, Turn, Update, Work, option
+from .base import Loss, Reducer, Sgd, State, Turn, Update, Work, option
 from .factor_sum import FactorSum, add_products, check_width
+from .staleness import Patient
 
 
 @dataclass(frozen=True, kw_only=True)
-class FLora(Strategy):
+class FLora(Patient):
     name: ClassVar[str] = "flora"
     paper: ClassVar[str] = "arXiv 2409.05976"
     summary: ClassVar[str] = "fresh adapters stacked into a side adapter: exact, mixed ranks"
     mixed_ranks: ClassVar[bool] = True
     secure_sum: ClassVar[bool] = False
+    sends_changes: ClassVar[bool] = True  # a fresh adapter each round
 
     ranks: dict[str, int] = option({}, "smaller ranks of some participants, by name")
     width: int = option(

@@ -26,6 +26,11 @@ class RoLora(Averaging):
         return ("lora_B",) if turn.round % 2 else ("lora_A",)
 
     def check(self) -> None:
+        if self.late:
+            raise ConfigError(
+                "rolora cannot count late answers: they are of the factor that now rests",
+                "late = 0",
+            )
         if self.keep_optimizer:
             raise ConfigError(
                 "rolora cannot keep optimiser state: it is of the factor that now rests",

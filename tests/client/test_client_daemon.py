@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -41,6 +43,7 @@ from meadow.store import Disk
 from meadow.terms import Terms
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
+REAL_SUPERNODE = ClientDaemon._supernode
 
 
 @pytest.fixture
@@ -205,3 +208,45 @@ def test_a_run_is_finished_once_its_last_result_was_measured(
     log = OutgoingLog(folder / OUTGOING)
     log.append(kind, b"an answer", run=RUN, round=round, received=0, about={})
     assert status_of(folder)["finished"] is finished
+
+
+LISTENS = """
+import pathlib, sys, time
+count = pathlib.Path(sys.argv[1])
+times = int(count.read_text()) + 1 if count.exists() else 1
+count.write_text(str(times))
+pathlib.Path(sys.argv[2]).write_text(str(4000 + times))
+time.sleep(600)
+"""
+
+
+def test_a_supernode_follows_a_forwarder_that_had_to_take_another_port(
+    folder: Path, asleep: list[Event], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last one was taken while it was dead.  The SuperNode would ask there for ever."""
+    ready = folder / "forwarder.port"
+    listens = [sys.executable, "-c", LISTENS, str(tmp_path / "count"), str(ready)]
+    forwarder = Program(FORWARDER, lambda: listens, ready_file=ready)
+    monkeypatch.setattr(ClientDaemon, "_forwarder", lambda self: forwarder)
+    commands: list[list[str]] = []
+    monkeypatch.setattr(module, "program", lambda name: sys.executable)
+
+    def sleeping(self: ClientDaemon) -> Program:
+        real = REAL_SUPERNODE(self)
+
+        def command() -> list[str]:
+            commands.append(list(real.command()))
+            return SLEEP
+
+        return Program(SUPERNODE, command)
+
+    monkeypatch.setattr(ClientDaemon, f"_{SUPERNODE}", sleeping)
+    with running(ClientDaemon(folder, asleep.append)):
+        eventually(lambda: SUPERNODE in alive(folder))
+        record = json.loads((folder / "logs" / "processes.json").read_text())
+        os.kill(record[FORWARDER], signal.SIGKILL)
+        eventually(lambda: len(commands) == 2)
+        eventually(lambda: SUPERNODE in alive(folder))
+    assert ["127.0.0.1:4001" in commands[0], "127.0.0.1:4002" in commands[1]] == [True, True]
+    ports = {command[command.index("--port") + 1] for command in commands}
+    assert len(ports) == 2, "each start takes a port that is free then"

@@ -495,3 +495,22 @@ def test_a_flower_key_is_made_once_and_kept_private(tmp_path: Path) -> None:
     path.chmod(0o644)
     with pytest.raises(IdentityError, match="chmod 600"):
         FlowerKey.load(path)
+
+
+def test_all_that_goes_to_the_gateway_is_in_the_traffic_log(tmp_path: Path) -> None:
+    """Sessions, what the forwarder says by itself, and what was tried in vain."""
+    with site(tmp_path / "coordinator") as place:
+        person = place.participant("counted")
+        folder = home(tmp_path / "counted" / "home", person)
+        with local(place, person, folder) as machine:
+            machine.ask()
+            machine.forwarder._uplink.refusal(0, "a reason")
+            place.restart()
+            machine.ask()
+        rows = [json.loads(line) for line in (folder / "traffic.jsonl").read_text().splitlines()]
+    sessions = [row for row in rows if row["path"] == "/meadow/v1/session"]
+    (refusal,) = [row for row in rows if row["path"] == "/meadow/v1/refusal"]
+    asked = [row["status"] for row in rows if row["path"] == RUN]
+    assert [row["status"] for row in sessions] == [200, 200] and sessions[0]["up"] > 40
+    assert refusal["status"] == 200 and refusal["up"] == len('{"round": 0, "reason": "a reason"}')
+    assert asked.count(200) == 2 and 401 in asked  # the first, in vain, in the old session

@@ -54,15 +54,21 @@ def _cut_short(place: Site, root: Path, at: int, way: str) -> None:
     assert known is not None and known.key == new.public.public_bytes_raw()
 
 
+def joined(place: Site, person: Person) -> Person:
+    """The same participant at another coordinator."""
+    other = Person(Membership.of(place.invite("anna at two")), person.identity, person.flower)
+    with other.client() as client:
+        client.enrol(other.flower.public_pem)
+        place.roster.approve("anna at two", 7)
+        found = client.enrol(other.flower.public_pem)
+    other.membership = other.membership.with_certificate(found.certificate)
+    return other
+
+
 def test_all_coordinators_know_the_new_key_in_the_end(tmp_path: Path) -> None:
     with site(tmp_path / "one") as one, site(tmp_path / "two") as two:
         person = one.participant("anna")
-        other = Person(Membership.of(two.invite("anna at two")), person.identity, person.flower)
-        with other.client() as client:
-            client.enrol(other.flower.public_pem)
-            two.roster.approve("anna at two", 7)
-            found = client.enrol(other.flower.public_pem)
-        other.membership = other.membership.with_certificate(found.certificate)
+        other = joined(two, person)
         folders = [home(tmp_path / "anna" / "home", person), home(tmp_path / "anna" / "two", other)]
         identity = tmp_path / "anna" / "home-identity.pem"
         two.stop()
@@ -71,3 +77,21 @@ def test_all_coordinators_know_the_new_key_in_the_end(tmp_path: Path) -> None:
         two.move(two.address)
         rotate_identity(identity, folders)
         assert works(folders[0], identity, person) and works(folders[1], identity, other)
+
+
+def test_a_coordinator_that_is_gone_does_not_cut_its_participant_off_from_the_others(
+    tmp_path: Path,
+) -> None:
+    """A run that is over has no coordinator any more; who has not left it is told to."""
+    with site(tmp_path / "one") as one, site(tmp_path / "two") as two:
+        person = one.participant("anna")
+        there = home(tmp_path / "anna" / "home", person)
+        gone = home(tmp_path / "anna" / "two", joined(two, person))
+        identity = tmp_path / "anna" / "home-identity.pem"
+        two.stop()
+        with pytest.raises(GatewayError, match=f"cannot be reached.*client leave --folder {gone}"):
+            rotate_identity(identity, [there, gone])
+        assert works(there, identity, person)
+        new = rotate_identity(identity, [there])
+        assert works(there, identity, person) and new.key_id != person.identity.key_id
+        two.move(two.address)

@@ -64,7 +64,12 @@ class Trainers:
         return [[name] for name in cohort]
 
     def ask(
-        self, verb: str, names: Sequence[str], payload: Callable[[str], bytes], deadline: float
+        self,
+        verb: str,
+        names: Sequence[str],
+        payload: Callable[[str], bytes],
+        deadline_seconds: float,
+        number: int = 0,
     ) -> Iterator[tuple[str, bytes | Refusal]]:
         for name in names:
             update, header = unpack_update(payload(name))

@@ -20,7 +20,7 @@ from meadow.client.encode import IGNORED, Example, batch_indices
 from meadow.client.task import Participant, answer, drive
 from meadow.client.trainer import Job, Trainer, rate_factor
 from meadow.config import ClientsConfig
-from meadow.errors import ModelError, UpdateError
+from meadow.errors import ModelError, PolicyError, UpdateError
 from meadow.peft_adapters.bank import Bank
 from meadow.peft_adapters.base_model import sites
 from meadow.peft_adapters.layout import FACTORS, Site, Tree
@@ -488,3 +488,22 @@ def test_wsd_begins_to_fall_at_four_fifths() -> None:
 
 def test_a_horizon_within_the_warmup_stays_at_the_peak() -> None:
     assert schedule("cosine", 12, total=10) == 1.0
+
+
+def test_a_measurement_can_be_ended_between_two_passes(bank: Bank) -> None:
+    """Where it takes longer than its participant allows, say; what comes after is not disturbed."""
+    told: list[int] = []
+
+    def progress(steps: int) -> None:
+        told.append(steps)
+        if len(told) == 3:
+            raise PolicyError("long enough")
+
+    request, rows = Loss(tree(bank.sites, 5)), text(0, 9)
+    expected = trainer(bank).loss(request, rows)
+    measuring = Trainer(bank, RECIPE, 0, progress)
+    measuring.evaluated = 2
+    with pytest.raises(PolicyError, match="long enough"):
+        measuring.loss(request, rows)
+    assert told == [0, 0, 0]
+    assert trainer(bank).loss(request, rows) == expected

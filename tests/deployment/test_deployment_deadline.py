@@ -1,4 +1,5 @@
-"""Who stalls costs a round its deadline and nothing more: the next round counts everybody again.
+"""Who stalls costs a round its deadline and nothing more: the next round counts everybody again,
+and a later one, for less, what came too late.
 
 Real processes; one participant's answer trickles through its wire, so that the server app is in the
 middle of fetching it when the deadline comes.
@@ -22,7 +23,9 @@ TRICKLE = 1000.0
 
 
 def test_an_answer_that_trickles_costs_the_deadline(short_path: Path) -> None:
-    config = small_config(3).replace(rounds={"deadline_seconds": SECONDS, "quorum": 0.5})
+    config = small_config(4).replace(
+        rounds={"deadline_seconds": SECONDS, "quorum": 0.5}, strategy={"options": {"late": 2}}
+    )
     with Deployment(short_path / "d", config) as deployment, TcpProxy(deployment.port) as wire:
         deployment.reach_at(listen=deployment.port, address=wire.port)
         deployment.start_coordinator()
@@ -38,11 +41,15 @@ def test_an_answer_that_trickles_costs_the_deadline(short_path: Path) -> None:
         assert closed["missing"] == [EMAIL] and closed["losses"].keys() == {HTTP}
         assert closed["time"] - opened["time"] >= SECONDS, "it was waited for"
         wire.bytes_per_second = 0
-        deployment.at = "round 3: everybody again"
-        deployment.begin(3)
-        deployment.end(3)
+        for number in (3, 4):
+            deployment.at = f"round {number}: everybody again"
+            deployment.begin(number)
+            deployment.end(number)
         deployment.finish()
     assert deployment.left_behind() == []
-    assert [event["client"] for event in deployment.events("late")] == [EMAIL]
-    alone = {1: PEOPLE, 2: (HTTP,), 3: PEOPLE}
+    (late,) = deployment.events("late")
+    assert (late["client"], late["round"], late["counts_in"]) == (EMAIL, 2, 4)
+    rows = [deployment.events("round_closed", number)[0] for number in (2, 3, 4)]
+    assert [row.get("late") for row in rows] == [None, None, [[2, EMAIL]]]
+    alone = {1: PEOPLE, 2: (HTTP,), 3: PEOPLE, 4: PEOPLE}
     assert deployment.counted() == {n: dict.fromkeys(who, 1) for n, who in alone.items()}

@@ -23,6 +23,11 @@ def end(answer):
     print("Loading project configuration...")
     print(json.dumps(answer))
     sys.exit(not answer["success"])
+failing = state.with_suffix(".fail")
+if failing.exists():
+    reason = failing.read_text()
+    failing.unlink()
+    end({{"success": False, "error-message": reason}})
 if state.with_suffix(".down").exists():
     end({{"success": False, "error-message": "Connection to the SuperLink is unavailable."}})
 if arguments[:2] == ["supernode", "register"]:
@@ -64,6 +69,10 @@ class PlayedFlower:
     def registered(self) -> list[str]:
         """OpenSSH public keys, in their order."""
         return list(json.loads(self._state.read_text())["nodes"])
+
+    def fail_once(self, reason: str) -> None:
+        """The next call is not carried out."""
+        self._state.with_suffix(".fail").write_text(reason)
 
     def set_down(self, down: bool) -> None:
         """Whether the SuperLink is away."""

@@ -92,6 +92,7 @@ class People:
         names: Sequence[str],
         payload: Callable[[str], bytes],
         deadline_seconds: float,
+        number: int = 0,
     ) -> Iterator[tuple[str, Answer]]:
         self.asked.append((verb, list(names)))
         sent = {name: payload(name) for name in names}

@@ -268,3 +268,29 @@ def test_asking_to_stop_is_heard_and_the_old_handlers_come_back(number: signal.S
         os.kill(os.getpid(), number)
         assert stopped == [number]
     assert signal.getsignal(number) is before
+
+
+def test_an_invitation_in_a_file_is_for_its_owner_alone(office: CoordinatorHome) -> None:
+    assert main(["coordinator", "run.toml"]) == 0
+    file = Path("word.json")
+    file.touch(0o644)
+    assert main(["coordinator", "invite", "eve", "--json", str(file)]) == 0
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert Invitation.parse(json.loads(file.read_text())["invitation"]).name == "eve"
+
+
+def test_the_operator_withdraws_for_who_cannot_ask_any_more(
+    office: CoordinatorHome, failure: Failure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["coordinator", "run.toml"]) == 0
+    assert "eve has not enrolled" in failure("withdraw", "eve")
+    with Roster.open(office.roster, Quick()) as roster:
+        enrolled(roster, "eve")
+        capsys.readouterr()
+        with locked(office.server_app_lock, ""):  # it works on the run, and reads its inbox
+            assert main(["coordinator", "withdraw", "eve"]) == 0
+        assert roster.by_name("eve").status == "pending"  # type: ignore[union-attr]
+        assert "before a round is combined" in capsys.readouterr().out
+        assert main(["coordinator", "withdraw", "eve"]) == 0
+        assert roster.by_name("eve").status == "revoked"  # type: ignore[union-attr]
+        assert "eve withdrew; its contributions are deleted" in capsys.readouterr().out

@@ -309,3 +309,32 @@ def test_what_a_client_takes_back_is_gone_and_what_others_sent_is_not(tmp_path: 
         with pytest.raises(JournalError):
             journal.payload(digest)
         assert journal.payload(journal.contributions(2)["bob"]) == b"bob 2"
+
+
+# Late answers
+
+
+def test_a_late_answer_counts_once_and_not_before_its_round(journal: Journal) -> None:
+    journal.open_round(1, ["ada", "bob", "eve"])
+    journal.receive(1, "ada", b"in time")
+    journal.refuse(1, "bob", "no")
+    assert journal.keep_late(1, "eve", b"late", 2)
+    assert not journal.keep_late(1, "eve", b"late", 3)  # the first stays
+    assert not journal.keep_late(1, "ada", b"again", 2) and not journal.keep_late(1, "bob", b"x", 2)
+    with pytest.raises(UpdateError, match="max was not asked in round 1"):
+        journal.keep_late(1, "max", b"uninvited", 2)
+    assert journal.late(1) == []
+    journal.close_round(1, b"state 1", {})
+    journal.prune(1)
+    assert journal.payload(journal.late(2)[0][2]) == b"late"
+    journal.open_round(2, ["ada"])
+    journal.close_round(2, b"state 2", {}, [(1, "eve")])
+    assert journal.late(3) == [] and not journal.keep_late(1, "eve", b"late", 3)
+
+
+def test_a_late_answer_that_comes_in_time_after_all_is_none(journal: Journal) -> None:
+    journal.open_round(1, ["eve"])
+    assert journal.keep_late(1, "eve", b"the same", 2)
+    assert journal.receive(1, "eve", b"the same")
+    journal.close_round(1, b"state 1", {})
+    assert journal.late(2) == [] and journal.state(1) == b"state 1"

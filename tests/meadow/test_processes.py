@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from meadow import processes
+from meadow.errors import StorageError
 from meadow.events import Event
 from meadow.processes import Program, Supervisor, free_port, is_alive
+from meadow.store import Disk
 
 FOREVER = "import time\nwhile True: time.sleep(1)"
 LISTEN = """
@@ -185,3 +188,56 @@ def test_a_number_that_is_used_again_is_not_ended(
         supervise(python("a", FOREVER))
         assert is_alive(stranger.pid)
         stranger.kill()
+
+
+WRITES = """
+import sys, time
+while True:
+    print("a line of the log", flush=True)
+    time.sleep(0.001)
+"""
+
+
+def test_a_log_does_not_grow_for_ever(
+    supervise: Callable[..., Supervisor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the program that writes it runs, and goes on writing."""
+    monkeypatch.setattr(processes, "_LARGEST_LOG", 2000)
+    supervisor = supervise(python("writer", WRITES))
+    log, old = tmp_path / "logs" / "writer.log", tmp_path / "logs" / "writer.log.old"
+    until(old.exists, supervisor)
+    assert b"a line of the log\n" * 50 in old.read_bytes()
+    before = pid(supervisor, "writer")
+    until(lambda: b"a line" in log.read_bytes())
+    assert log.read_bytes().startswith(b"a line") and log.stat().st_size < 10**6
+    assert pid(supervisor, "writer") == before
+
+
+def test_a_full_disk_stops_no_program(
+    tmp_path: Path, events: list[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither those that run nor, once there is room, those that were to be started."""
+    full = {"processes.json", "late.log"}
+
+    class Full(Disk):
+        def write(self, path: Path, data: bytes, mode: int = 0o666) -> None:
+            if path.name in full:
+                raise StorageError(f"cannot write {path}: the disk is full")
+            super().write(path, data, mode)
+
+    def command() -> list[str]:
+        if "late.log" in full:
+            raise StorageError("cannot write late.log: the disk is full")
+        return [sys.executable, "-c", FOREVER]
+
+    programs = [python("first", FOREVER), Program("late", command)]
+    with Supervisor(tmp_path / "logs", programs, events.append, Full()) as supervisor:
+        until(lambda: len(events) > 1, supervisor)
+        first = pid(supervisor, "first")
+        assert "late is not started: cannot write late.log" in events[-1].data["text"]
+        full.clear()
+        until(lambda: supervisor.pid("late") is not None, supervisor)
+        assert pid(supervisor, "first") == first
+        assert set(json.loads((tmp_path / "logs" / "processes.json").read_text())) == {
+            "first", "late",
+        }  # fmt: skip

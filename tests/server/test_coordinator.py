@@ -192,9 +192,9 @@ def test_a_message_says_whose_run_it_is(tmp_path: Path) -> None:
     seen: list[dict[str, Any]] = []
 
     class Told(People):
-        def ask(self, verb: str, names: Sequence[str], payload: Any, seconds: float) -> Any:
+        def ask(self, verb: str, names: Sequence[str], payload: Any, *more: Any) -> Any:
             seen.extend(unpack_update(payload(name))[1] for name in names)
-            return super().ask(verb, names, payload, seconds)
+            return super().ask(verb, names, payload, *more)
 
     run(tmp_path, Told(["ada"]), CONFIG.replace(rounds={"count": 1}))
     with Journal.open(tmp_path, IDENTITY) as journal:

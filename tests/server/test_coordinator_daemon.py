@@ -11,7 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from homes import blueprint
 from played_flower import PlayedFlower
 
 from meadow.config import Config
-from meadow.errors import ConfigError, FormatError, IdentityError, MeadowError
+from meadow.errors import ConfigError, FormatError, IdentityError, MeadowError, StorageError
 from meadow.events import Event, EventLog
 from meadow.processes import Program, free_port
 from meadow.server import coordinator_daemon as module
@@ -149,6 +151,80 @@ def test_a_flower_that_refuses_is_told_and_asked_again(
         eventually(lambda: any("unavailable" in e.data.get("text", "") for e in told))
         flower.set_down(False)
         eventually(lambda: "run" in runs(flower)[1:])
+
+
+def test_a_full_disk_does_not_end_it(
+    home: CoordinatorHome, config: Config, flower: PlayedFlower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Flower is to be given cannot be written; once there is room the run goes on."""
+    full = [True]
+    real = FlowerEngine.start_run
+
+    def start_run(engine: FlowerEngine) -> int:
+        if full[0]:
+            raise StorageError("cannot write bundle: the disk is full")
+        return real(engine)
+
+    monkeypatch.setattr(FlowerEngine, "start_run", start_run)
+    told: list[Event] = []
+    with running(CoordinatorDaemon(home, config, told.append)) as said:
+        eventually(lambda: any("disk is full" in e.data.get("text", "") for e in told))
+        full[0] = False
+        eventually(lambda: runs(flower) == ["run"])
+        assert not said
+
+
+def test_who_is_decided_about_meanwhile_does_not_end_it(
+    home: CoordinatorHome, config: Config, flower: PlayedFlower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower takes its time to register somebody whom the operator revokes meanwhile."""
+    monkeypatch.setattr(module, "AGAIN_SECONDS", 0.1)
+    invited = config.replace(coordinator={"approve": "invited"})
+    real = FlowerEngine.register
+
+    def register(engine: FlowerEngine, key: str, known: Any) -> int:
+        if key == ada.flower_key:
+            roster.revoke("ada")
+        return real(engine, key, known)
+
+    monkeypatch.setattr(FlowerEngine, "register", register)
+    told: list[Event] = []
+    with Roster.open(home.roster, Quick()) as roster:
+        ada = enrolled(roster, "ada")
+        enrolled(roster, "bob")
+        with running(CoordinatorDaemon(home, invited, told.append)) as said:
+            eventually(lambda: roster.by_name("bob").status == "approved")  # type: ignore[union-attr]
+            assert not said
+        assert roster.by_name("ada").status == "revoked"  # type: ignore[union-attr]
+    texts = [event.data.get("text", "") for event in told]
+    assert any(text.startswith("ada is not approved: ada is revoked") for text in texts)
+
+
+def test_a_server_app_that_ends_soon_each_time_is_begun_less_and_less_often(
+    home: CoordinatorHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, begun = [0.0], list[float]()
+
+    def start_run() -> int:
+        begun.append(now[0])
+        return len(begun)
+
+    engine = SimpleNamespace(start_run=start_run, stop_run=lambda run: None)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    app = module._ServerApp(home, engine, lambda event: None)  # type: ignore[arg-type]
+    monkeypatch.setattr(app, "_alive", lambda: bool(begun) and 1 < now[0] - begun[-1] < 4)
+    while now[0] < 200:
+        app.keep(True)
+        now[0] += 0.1
+    pauses = [round(later - earlier) for earlier, later in pairwise(begun)]
+    assert pauses[0] < 5 and pauses[-1] > 25 and pauses == sorted(pauses)
+    monkeypatch.setattr(app, "_alive", lambda: now[0] < begun[-1] + 90)  # until it has lived
+    count = len(begun)
+    while now[0] < 600:
+        app.keep(True)
+        now[0] += 0.1
+    healthy = [later - earlier for earlier, later in pairwise(begun[count:])]
+    assert healthy and all(90 <= pause < 92 for pause in healthy)
 
 
 def test_it_ends_with_the_run_and_tells_its_events(

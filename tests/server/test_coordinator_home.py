@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from enrolment import new_identity
 from faulty_disk import Crash, Faulty, Numbered
 from homes import blueprint
@@ -168,3 +169,16 @@ def test_what_cannot_be_deployed_is_said_before_anyone_is_invited(
     check_deployable(tiny, blueprint(tiny.model.base))
     with pytest.raises((ConfigError, ModelError), match=error):
         check_deployable(tiny.replace(**changes), blueprint(tiny.model.base))
+
+
+def test_a_run_knows_its_server_apps_threads_whoever_begins_it(tiny: Config) -> None:
+    """Not those of the operator's command: each run would be told that its machine has changed."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        base = blueprint(tiny.model.base)
+        found = run_identity(tiny.replace(simulation={"threads": 1}), base).environment["threads"]
+        default = run_identity(tiny.replace(simulation={"threads": 0}), base).environment["threads"]
+    finally:
+        torch.set_num_threads(before)
+    assert (found, default) == ("1", "2")

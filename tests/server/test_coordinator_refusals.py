@@ -233,3 +233,12 @@ def test_an_answer_of_someone_who_was_not_asked_does_not_count(tmp_path: Path) -
     done = run(tmp_path, Intruded(TRIO))
     assert torch.allclose(done.x, reference([TRIO]), atol=1e-7)
     assert "was not asked" in done.refusals[1]["mallory"]
+
+
+@pytest.mark.parametrize("reason", ["\x1b]0;owned\x07\x1b[2J" * 3, "one\nand another", "x" * 10**6])
+def test_a_reason_is_one_line_whatever_was_sent(tmp_path: Path, reason: str) -> None:
+    """It is shown in the operator's terminal, and kept with the round for good."""
+    done = run(tmp_path, People(TRIO, {"eve": always(Refusal(reason))}))
+    (event,) = done.of_kind("refused")
+    for told in (event.data["reason"], done.refusals[1]["eve"], done.metrics[1]["refused"]["eve"]):
+        assert told.isprintable() and 0 < len(told) <= 500

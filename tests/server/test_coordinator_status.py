@@ -72,7 +72,11 @@ def test_another_folder_has_no_status(tmp_path: Path) -> None:
         (Event("round_opened", 3, {"cohort": ["ada", "bob"]}), "round 3 opened: ada, bob"),
         (Event("contribution", 3, {"client": "ada", "bytes": 693_400}), "ada contributed 693.4 kB"),
         (Event("refused", 3, {"client": "ada", "reason": "not finite"}), "not counted: not finite"),
-        (Event("late", 3, {"client": "ada"}), "round 3: ada answered too late"),
+        (Event("late", 3, {"client": "ada"}), "round 3: ada answered too late and is left out"),
+        (
+            Event("late", 3, {"client": "ada", "counts_in": 5}),
+            "round 3: ada answered too late and counts in round 5",
+        ),
         (Event("round_closed", 3, {"loss": 2.5}), "round 3 closed: held-out loss 2.5000"),
         (Event("round_closed", 3, {}), "round 3 closed"),
         (Event("run_finished", 3, {"adapter": "x"}), "run finished"),

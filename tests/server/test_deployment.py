@@ -21,16 +21,17 @@ from meadow.client.member import Member
 from meadow.client.outbox import Outbox
 from meadow.client.task import answer
 from meadow.client.trainer import Trainer
-from meadow.config import Config
-from meadow.errors import JournalError
+from meadow.config import Config, write
+from meadow.errors import JournalError, RosterError
 from meadow.events import Event
 from meadow.file_lock import is_held
 from meadow.identity import trust
 from meadow.journal import Journal
+from meadow.peft_adapters.blueprint import open_blueprint
 from meadow.peft_adapters.manifest import verify_manifest
 from meadow.server.coordinator import Refusal
 from meadow.server.coordinator_home import CoordinatorHome, run_identity
-from meadow.server.deployment import DeployedRun, Inbox, nodes_of, serve
+from meadow.server.deployment import DeployedRun, Inbox, nodes_of, read_inbox, serve
 from meadow.server.publishing import Publishing, open_publishing
 from meadow.server.registry import Registry
 from meadow.server.roster import Roster
@@ -66,6 +67,7 @@ class People:
         names: Sequence[str],
         payload: Callable[[str], bytes],
         deadline_seconds: float,
+        number: int = 0,
     ) -> Iterator[tuple[str, bytes | Refusal]]:
         self.asked.append((verb, tuple(names)))
         for name in names:
@@ -381,6 +383,49 @@ def test_only_the_approved_are_asked(stage: Stage) -> None:
     assert nodes_of(stage.roster) == {"ada": 1}
 
 
+def test_a_withdrawal_while_a_round_is_open_leaves_it_out_of_that_round(stage: Stage) -> None:
+    """Its answer has arrived already; what the round makes of the others is as if it had not."""
+    person = approved(stage.roster, "eve")
+    run = stage.run()
+    observer = stage.events.append
+
+    def leaving(event: Event) -> None:
+        observer(event)
+        if (event.kind, event.round, event.data.get("client")) == ("contribution", 1, "eve"):
+            stage.roster.note("withdraw", person.key, "")
+            stage.people.present = ["ada", "bob"]
+
+    run.observer = leaving
+    run.rounds()
+    assert stage.told() == ["eve withdrew; its contributions are deleted (rounds: 1)"]
+    rows = stage.journal.metrics()
+    assert [row["contributions"] for row in rows[1:]] == [2, 2]
+    assert rows[1]["refused"] == {"eve": "withdrawn by the participant"}
+    assert stage.journal.contributions(1).keys() == {"ada", "bob"}
+
+
+def test_after_the_end_the_operator_retracts_for_who_asks(
+    tiny: Config, lab: Lab, tmp_path: Path
+) -> None:
+    """No server app works any more, and the participant may have been shut out before."""
+    with opened(tmp_path / "c", tiny, lab) as stage:
+        approved(stage.roster, "eve")
+        stage.finish()
+        stage.roster.revoke("eve")
+        stage.roster.withdraw("eve")
+        with pytest.raises(RosterError, match="max has not enrolled"):
+            stage.roster.withdraw("max")
+        home, gone = stage.home, stage.people.sent["eve"]
+    told: list[Event] = []
+    read_inbox(home, told.append)
+    read_inbox(home, told.append)
+    assert [event.data["text"] for event in told] == [
+        "eve withdrew; its contributions are deleted (rounds: 1, 2)"
+    ]
+    kept = [path.read_bytes() for path in (home.run / "blobs").iterdir()]
+    assert kept and not set(gone) & set(kept)
+
+
 # --- the process ---------------------------------------------------------------------------------
 
 
@@ -393,20 +438,43 @@ def test_serving_claims_the_run_and_leaves_its_traces(
         home, run_id = stage.home, stage.journal.run_id
     claims: list[bool] = []
 
-    def peers_of(nodes: Any, late: Callable[[str], None]) -> Any:
+    def looking(model: Any) -> Any:
+        """At a large base this takes longer than a server app is waited for."""
+        claims.append(is_held(home.server_app_lock))
+        return open_blueprint(model)
+
+    monkeypatch.setattr("meadow.server.deployment.open_blueprint", looking)
+
+    def peers_of(nodes: Any, lives: int) -> Any:
+        assert lives == 1
         claims.append(is_held(home.server_app_lock) and home.server_app.exists())
-        late("max")
         with pytest.raises(JournalError, match="its server app runs already"):
             serve(folder, peers_of)
         return People(lab, config, folder, run_id)
 
     serve(folder, peers_of)
-    assert claims == [True] and not is_held(home.server_app_lock) and not home.server_app.exists()
+    assert (
+        claims == [True, True]
+        and not is_held(home.server_app_lock)
+        and not home.server_app.exists()
+    )
     rows = [json.loads(line) for line in (home.run / "events.jsonl").read_text().splitlines()]
-    assert {"kind": "late", "client": "max"}.items() <= rows[0].items()
-    assert rows[1]["kind"] == "run_started" and rows[-1]["kind"] == "run_finished"
+    assert rows[0]["kind"] == "run_started" and rows[-1]["kind"] == "run_finished"
     metrics = (home.run / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in metrics] == [0, 1, 2]
     assert dataclasses.asdict(home.config()) == dataclasses.asdict(config)
     with Registry.open(registry_folder, home.identity()) as registry:
         assert registry.verify("mail@v1").provenance.run_id == run_id
+
+
+def test_why_a_server_app_ends_is_told_to_the_operator(
+    tiny: Config, lab: Lab, tmp_path: Path
+) -> None:
+    with opened(tmp_path / "c", tiny, lab) as stage:
+        home = stage.home
+    home.settings.write_text(write(tiny.replace(rounds={"seed": 9})))
+    with pytest.raises(JournalError, match="with other settings"):
+        serve(home.folder, lambda nodes, lives: pytest.fail("nobody is to be asked"))
+    (row,) = [json.loads(line) for line in (home.run / "events.jsonl").read_text().splitlines()]
+    assert row["kind"] == "notice" and row["text"].startswith("the server app ends: ")
+    assert "with other settings" in row["text"] and not is_held(home.server_app_lock)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import socket
+import time
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.serialization import (
@@ -13,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_pem_public_key,
 )
-from enrolment import approved, enrolled, new_flower_key
+from enrolment import approved, enrolled, new_flower_key, new_key
 from gateways import Quick
 from played_flower import PlayedFlower
 
@@ -106,6 +109,64 @@ def test_a_key_that_was_registered_just_before_a_crash_is_the_node_that_nobody_h
     assert engine.register(lost, known) == node  # the roster never heard of it
     with pytest.raises(FlowerError, match="already in use"):
         engine.register(lost, known | {node})
+
+
+def test_a_registration_that_failed_otherwise_is_nobodys_node(
+    engine: FlowerEngine, flower: PlayedFlower, roster: Roster
+) -> None:
+    """Somebody was revoked and is somebody else by now; Flower still knows the old node."""
+    enrolled(roster, "ada")
+    approve(roster, engine, "ada")
+    roster.revoke("ada")
+    roster.invite("ada", 60.0)
+    flower.fail_once("the SuperLink gave no answer")
+    with pytest.raises(FlowerError, match="gave no answer"):
+        engine.register(new_flower_key(), set())
+    enrolled(roster, "bob")
+    flower.fail_once("the SuperLink gave no answer")
+    with pytest.raises(FlowerError, match="gave no answer"):
+        approve(roster, engine, "bob")
+    approve(roster, engine, "bob")
+    assert roster.nodes() == {100, 101}
+
+
+def test_after_a_crash_a_node_of_the_past_is_not_in_the_way(
+    engine: FlowerEngine, flower: PlayedFlower, roster: Roster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enrolled(roster, "ada")
+    approve(roster, engine, "ada")
+    roster.revoke("ada")
+    token = roster.invite("ada", 60.0)
+    roster.enrol(token, new_key(), new_flower_key())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(roster, "approve", _killed)
+        approve(roster, engine, "ada")
+    approve(roster, engine, "ada")
+    assert roster.by_name("ada").node_id == 101  # type: ignore[union-attr]
+
+
+def test_two_who_are_approved_at_once_keep_their_own_keys(
+    engine: FlowerEngine, flower: PlayedFlower, roster: Roster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the operator in one terminal and in another."""
+    real = FlowerEngine._flwr
+
+    def slowly(self: FlowerEngine, *arguments: str) -> dict[str, Any]:
+        time.sleep(0.3)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(FlowerEngine, "_flwr", slowly)
+    people = [enrolled(roster, name) for name in ("ada", "bob")]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda person: approve(roster, engine, person.name), people))
+    keys = [load_pem_public_key(person.flower_key.encode()) for person in people]
+    written = [key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode() for key in keys]
+    nodes = [roster.by_name(person.name).node_id for person in people]  # type: ignore[union-attr]
+    assert [flower.registered[node - 100] for node in nodes] == written
+
+
+def _killed(*arguments: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_runs_are_started_and_stopped(engine: FlowerEngine, flower: PlayedFlower) -> None:

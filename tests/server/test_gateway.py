@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from announcements import announcement, metadata
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from gateways import PULL, RUN, TERMS, Person, Site, site
@@ -23,7 +24,7 @@ from meadow.certificate_request import request_certificate, rotation_proof
 from meadow.client.gateway_client import GatewayClient
 from meadow.client.membership import Membership
 from meadow.errors import GatewayError
-from meadow.fleet_routes import FLEET, FLEET_ROUTES, PUBLIC_KEY
+from meadow.fleet_routes import FLEET, FLEET_ROUTES, PUBLIC_KEY, PUSH_MESSAGES
 from meadow.identity import Identity
 from meadow.server import gateway, gateway_superlink
 
@@ -132,16 +133,24 @@ def test_fleet_requests_pass_with_what_flower_needs_and_nothing_else(
 ) -> None:
     extra = {"X-Forwarded-For": "10.0.0.1", "Cookie": "a=b", "flwr-superexec-signature": "x"}
     headers = {**anna.headers(client), "flwr-package-version": "1.41.0", **extra}
-    answer = client.signed("POST", path, b"question", headers)
-    assert (answer.status, answer.body) == (200, b"answer to question")
+    body = _announced(place) if path == PUSH_MESSAGES else b"question"
+    answer = client.signed("POST", path, body, headers)
+    assert (answer.status, answer.body) == (200, b"answer to " + body[:20])
     assert "server" not in answer.headers or "secret" not in answer.headers["server"]
     assert not {"location", "set-cookie"} & answer.headers.keys()
     assert answer.headers["flwr-version-incompatibility-message"] == "a newer one"
     seen = place.superlink.seen[-1]
-    assert (seen.method, seen.path, seen.body) == ("POST", path, b"question")
+    assert (seen.method, seen.path, seen.body) == ("POST", path, body)
     assert dict(seen.headers)[PUBLIC_KEY] == headers[PUBLIC_KEY]
     flower = {"flwr-public-key", "flwr-timestamp", "flwr-signature", "flwr-package-version"}
     assert seen.names - {"accept"} == flower | {"host", "content-type", "content-length"}
+
+
+def _announced(place: Site, question: str = "ab" * 32) -> bytes:
+    """What anna may announce: her own answer to a question."""
+    known = place.roster.by_name("anna")
+    assert known is not None
+    return announcement(known.node_id, metadata(known.node_id, question))
 
 
 def test_a_large_object_arrives_whole(place: Site, anna: Person, client: GatewayClient) -> None:
@@ -218,24 +227,24 @@ def test_an_answer_that_is_announced_again_gets_the_same_receipt(
     place: Site, anna: Person, client: GatewayClient
 ) -> None:
     """The SuperLink would refuse it, and the answer's objects would never be sent."""
-    push = FLEET + "push-messages"
+    push = PUSH_MESSAGES
 
-    def announce(body: bytes) -> bytes:
-        return anna.ask(client, push, body).body
+    def announce(question: str) -> bytes:
+        return anna.ask(client, push, _announced(place, question)).body
 
     def reached() -> int:
         return sum(seen.path == push for seen in place.superlink.seen)
 
     before = reached()
     place.superlink.answers[push] = (200, b"send these objects")
-    assert announce(b"an answer") == b"send these objects"
+    assert announce("an answer") == b"send these objects"
     place.superlink.answers[push] = (200, b"send nothing")
-    assert announce(b"an answer") == b"send these objects" and reached() == before + 1
-    assert announce(b"another answer") == b"send nothing" and reached() == before + 2
+    assert announce("an answer") == b"send these objects" and reached() == before + 1
+    assert announce("another answer") == b"send nothing" and reached() == before + 2
     place.superlink.answers[push] = (503, b"not now")
-    assert announce(b"a third") == b"not now"
+    assert announce("a third") == b"not now"
     place.superlink.answers[push] = (200, b"send that")
-    assert announce(b"a third") == b"send that"
+    assert announce("a third") == b"send that"
     del place.superlink.answers[push]
 
 

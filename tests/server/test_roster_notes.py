@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meadow.errors import JournalError
+from meadow.one_line import LONGEST, one_line
 from meadow.server.roster import Note, Roster
-from meadow.server.roster_notes import LONGEST, _one_line
 
 KEY = new_key()
 
@@ -55,7 +55,7 @@ def test_kinds_are_short_words(roster: Roster, kind: str) -> None:
 
 @given(text=st.text() | st.text(st.characters(codec="utf-8", categories=["Cc", "Cf"])))
 def test_anybodys_text_becomes_one_printable_line(text: str) -> None:
-    line = _one_line(text)
+    line = one_line(text)
     assert line.isprintable() and len(line) <= LONGEST
     if text.isprintable() and len(text) <= LONGEST:
         assert line == text

@@ -13,6 +13,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from meadow.server import app
 from meadow.server.app import GridPeers, wrap
 from meadow.server.coordinator import Refusal
+from meadow.server.late_answers import Late
 from meadow.simulation.grid import LocalGrid
 
 MESSAGE_UNAVAILABLE, REPLY_UNAVAILABLE, NODE_UNAVAILABLE, APP_CRASHED = 3, 4, 5, 8
@@ -189,14 +190,44 @@ def test_who_may_not_take_part_any_more_is_not_waited_for() -> None:
 
 
 def test_what_is_lost_after_its_time_is_no_late_answer() -> None:
-    late: list[str] = []
-
     def second(times: int, message: Message) -> Message:
         lost = Message(Error(NODE_UNAVAILABLE, "away"), reply_to=message)
         return lost if times == 1 else Message(wrap(b"now"), reply_to=message)
 
     grid = Away(second)
-    peers = GridPeers(grid, lambda: NODES, lambda cohort: [[n] for n in cohort], 0.0, late.append)
+    peers = peers_of(grid)
     assert list(peers.ask("train", list(NODES), str.encode, 0.0)) == []
     assert asked(peers) == {"ada": b"now", "bob": b"now"}
-    assert late == [] and not peers._late
+    assert not peers._late and not peers._questions
+
+
+def test_what_comes_after_its_time_is_told_with_what_was_asked() -> None:
+    nodes = dict(NODES)
+    grid = Away(lambda times, message: Message(message.content, reply_to=message))
+    peers = peers_of(grid, lambda: nodes)
+    assert list(peers.ask("train", list(NODES), str.encode, 0.0, 3)) == []
+    del nodes["bob"]  # revoked since: what it sent may not count any more
+    found = list(peers.ask("train", ["ada"], str.encode, 60.0, 4))
+    late = [(name, answer) for name, answer in found if isinstance(answer, Late)]
+    assert ("ada", b"ada") in found and len(found) == 3
+    assert ("ada", Late("train", 3, b"ada")) in late
+    assert [answer.answer for name, answer in late if name == "bob"] == [
+        Refusal("it does not take part any more")
+    ]
+
+
+@pytest.mark.parametrize(("lives", "seconds"), [(1, 160.0), (3, 360.0)])
+def test_a_question_lives_as_long_as_its_answer_may_count(lives: int, seconds: float) -> None:
+    grid = Away(lambda times, message: Message(message.content, reply_to=message))
+    sent: list[float] = []
+    real = grid.push_messages
+
+    def push(messages: Iterable[Message]) -> Iterable[str]:
+        listed = list(messages)
+        sent.extend(message.metadata.ttl for message in listed)
+        return real(listed)
+
+    grid.push_messages = push  # type: ignore[method-assign]
+    peers = GridPeers(grid, lambda: NODES, lambda cohort: [[n] for n in cohort], lives=lives)
+    assert len(asked(peers, 100.0)) == 2
+    assert sent == [seconds, seconds]

@@ -256,3 +256,21 @@ def test_an_unknown_strategy_is_found_before_the_model_is_loaded(tiny: Config) -
 def test_long_rows_are_counted_by_participant(tiny: Config) -> None:
     lab = open_lab(tiny.replace(data={"max_length": 14}))
     assert lab.truncated == dict.fromkeys(CLIENTS, 5)
+
+
+def test_who_was_asked_to_spare_counts_a_round_later_where_that_is_asked_for(
+    tiny: Config, lab: Lab, tmp_path: Path
+) -> None:
+    """All three are asked, the first two are waited for; the third counts in the next round."""
+    config = tiny.replace(rounds={"count": 3, "fraction": 0.5, "spare": 0.5})
+    patient = config.replace(strategy={"options": {"late": 1}})
+    dropped = run(config, tmp_path / "dropped", lab)
+    first, again = (run(patient, tmp_path / name, lab) for name in ("first", "again"))
+    spared = [row["missing"] for row in first.metrics[1:]]
+    assert [len(names) for names in spared] == [1, 1, 1]
+    late = [row.get("late") for row in first.metrics[1:]]
+    assert late == [None, [[1, *spared[0]]], [[2, *spared[1]]]]
+    events = [row for row in lines(first.folder / "events.jsonl") if row["kind"] == "late"]
+    assert [row.get("counts_in") for row in events] == [2, 3, None]  # after the last is no round
+    assert distance(first, again) == 0.0 and distance(first, dropped) > 0.0
+    assert all("late" not in row for row in dropped.metrics)

@@ -16,6 +16,7 @@ from meadow.errors import DataError, StorageError, UpdateError
 from meadow.server.app import GridPeers, wrap
 from meadow.server.app import build as build_server_app
 from meadow.server.coordinator import Refusal
+from meadow.server.late_answers import Late
 from meadow.simulation.grid import LocalGrid
 
 NAMES = ("ada", "bob", "eve")
@@ -46,8 +47,8 @@ def federation(
 NODES = {name: node for node, name in enumerate(NAMES, 1)}
 
 
-def peers_of(grid: Grid, late: Callable[[str], None] = lambda name: None) -> GridPeers:
-    return GridPeers(grid, lambda: NODES, lambda cohort: [[name] for name in cohort], 0.0, late)
+def peers_of(grid: Grid) -> GridPeers:
+    return GridPeers(grid, lambda: NODES, lambda cohort: [[name] for name in cohort])
 
 
 def to(node: int, payload: bytes, kind: str = "train") -> Message:
@@ -204,16 +205,17 @@ def test_who_is_known_and_not_there_cannot_be_asked() -> None:
     assert peers_of(LocalGrid(app, 2)).names() == ["ada", "bob"]
 
 
-def test_what_comes_when_nobody_waits_is_dropped_by_name() -> None:
-    late: list[str] = []
+def test_what_comes_when_nobody_waits_is_told_as_late() -> None:
     grid, people = federation()
-    peers = peers_of(grid, late.append)
-    for name, reply in peers.ask("train", list(NAMES), lambda name: b"first", 9.0):
+    peers = peers_of(grid)
+    for name, reply in peers.ask("train", list(NAMES), lambda name: b"first", 9.0, 1):
         assert (name, reply) == ("ada", b"ada did first")
         break
-    answers = dict(peers.ask("train", list(NAMES), lambda name: b"second", 9.0))
+    found = list(peers.ask("train", list(NAMES), lambda name: b"second", 9.0, 2))
+    late = [(name, reply) for name, reply in found if isinstance(reply, Late)]
+    answers = {name: reply for name, reply in found if not isinstance(reply, Late)}
     assert answers == {name: f"{name} did second".encode() for name in NAMES}
-    assert late == ["bob", "eve"]
+    assert late == [(n, Late("train", 1, f"{n} did first".encode())) for n in ("bob", "eve")]
     assert not grid._done and not peers._late
 
 
