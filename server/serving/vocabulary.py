@@ -32,6 +32,7 @@ class Vocabulary:
         self._kinds = _decoder_kinds(tokenizer)
         self._alphabet = {letter: byte for byte, letter in _byte_letters().items()}
         self._known: dict[int, Piece] = {}
+        self._hidden = {id for id, t in tokenizer.added_tokens_decoder.items() if t.special}
 
     def piece(self, id: int) -> Piece:
         if id not in self._known:
@@ -39,6 +40,10 @@ class Vocabulary:
             nameless = Piece(f"token_id:{id}", b"")  # a row of the model's output, and no token
             self._known[id] = nameless if name is None else _piece(self._bytes(id, name))
         return self._known[id]
+
+    def shown(self, id: int) -> bytes:
+        """What a token adds to a text: its bytes, or nothing where texts leave it out."""
+        return b"" if id in self._hidden else self.piece(id).bytes
 
     def _bytes(self, id: int, name: str) -> bytes:
         if id in self._added:

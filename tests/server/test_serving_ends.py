@@ -6,16 +6,18 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from loopback_server import PATIENCE, Server
-from scripted_serving import scripted_front, served
+from scripted_serving import ScriptedLease, scripted_front, served
 
+from meadow.server.serving import http_server
 from meadow.server.serving.api_keys import add_key
+from meadow.server.serving.requests import Event, Finished, Job, Token
 
 LONG = {"model": "news", "prompt": "a", "max_tokens": 30}
 
@@ -210,3 +212,38 @@ def test_an_idle_server_leaves_at_once_and_idle_connections_with_it() -> None:
             assert idle.recv(65536) == b""
         server.join()
         assert server.finished is True
+
+
+def shouting(job: Job) -> Iterator[Event]:
+    """More than the system's buffers take."""
+    for _ in range(16):
+        yield Token(2, "a" * 10**6)
+    yield Finished("length", "", len(job.prompt), 0, 16)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_does_not_read_keeps_no_server_from_its_end(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_server, "_REST_SECONDS", 0.2)
+    with served(scripted_front(shouting), drain_seconds=0.05) as server:
+        caller = Caller(server, {**LONG, "stream": stream})
+        caller.until(b"aaaa")
+        server.leave()
+        server.join()
+        assert server.finished is not stream  # whole answers are out of our hands
+        caller.hang_up()
+
+
+def test_a_request_is_answered_also_where_its_lease_cannot_be_let_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = ScriptedLease.release
+
+    def release(lease: ScriptedLease) -> None:
+        own(lease)
+        raise OSError("the disk is away")
+
+    monkeypatch.setattr(ScriptedLease, "release", release)
+    with served(scripted_front()) as server:
+        assert server.ask("/v1/completions", LONG).json["choices"][0]["finish_reason"] == "length"
