@@ -26,6 +26,8 @@ from .served import Served
 from .slot_table import SlotTable
 
 _LOG = logging.getLogger(__name__)
+_MOST_SCORED = 128
+"""Tokens of prompts in one step after which a whole vocabulary's logits are held."""
 
 
 class Adapters(Protocol):
@@ -134,11 +136,12 @@ class Batcher:
 
     def _prompts(self) -> Iterator[tuple[LiveRequest, int]]:
         """Whose prompts this step reads on, and how many tokens of each."""
-        left = self.prefill_tokens
+        left, scored = self.prefill_tokens, _MOST_SCORED
         for request in self.running:
-            if left and request.unread:
-                length = min(left, request.unread)
+            length = min(left, request.unread, *([scored] if request.is_scored else []))
+            if length:
                 left -= length
+                scored -= length if request.is_scored else 0
                 yield request, length
 
     def _score(

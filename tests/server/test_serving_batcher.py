@@ -379,3 +379,26 @@ def test_how_long_a_request_waited_is_told(runner: ModelRunner) -> None:
     assert isinstance(early, Finished) and isinstance(late, Finished)
     assert early.queued is not None and late.queued is not None
     assert early.queued < between <= late.queued
+
+
+def test_scored_prompts_bound_the_logits_that_are_held(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is as wide as the vocabulary; those who are not scored are read as before."""
+    desk, rows, own = Desk(runner, prefill_tokens=600), list[int](), runner.run
+
+    def run(*works: Any) -> Any:
+        answer = own(*works)
+        rows.append(len(answer[1]))
+        return answer
+
+    monkeypatch.setattr(runner, "run", run)
+    scored = Sampling(2, temperature=0, ignore_eos=True, logprobs=0, score_prompt=True)
+    told = [desk.ask([5] * 90, scored, tenant=f"{n}")[1] for n in range(4)]
+    _, quick = desk.ask([5] * 90, Sampling(2, temperature=0, ignore_eos=True))
+    desk.batcher.step()
+    assert len(tokens_of(quick)) == 1
+    desk.finish()
+    assert max(rows) <= 128 + 6 and len(rows) >= 4
+    first, *others = ([t.logprob for t in events[0].tokens[1:]] for events in told)  # type: ignore[union-attr]
+    assert len(first) == 89 and all(one == pytest.approx(first, abs=1e-4) for one in others)
