@@ -19,6 +19,7 @@ from .loopback import is_loopback, loopback_names
 Add = Callable[..., argparse.ArgumentParser]
 _KEY = "VLLM_API_KEY"
 _PATIENCE, _ONCE_PATIENCE = 2.0, 120.0  # seconds that the slowest server is waited for
+_KEEP_ALIVE = 4.0  # seconds; vLLM closes after 5, and a request would meet that half-way
 
 
 def add_command(commands: Any, add: Add) -> None:
@@ -85,7 +86,7 @@ async def _work(options: argparse.Namespace, keys: list[str]) -> dict[str, Any]:
     disk.folder(folder)
     async with AsyncExitStack() as stack:
         stack.enter_context(locked(folder / "publisher.lock", "one publisher has one folder"))
-        connector = aiohttp.TCPConnector(limit=0)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE)
         session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
         await stack.enter_async_context(session)
         key = _server_key(options)

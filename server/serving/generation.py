@@ -81,8 +81,7 @@ class Generation(Response):
         body = await read_json_body(request, front.largest_body, front.body_seconds)
         asked: Asked = parse(self._kind, body)
         place.take(asked.answers)
-        prompts = await asyncio.to_thread(front.prompts.of, asked)
-        echoed = await asyncio.to_thread(self._echoed, asked)
+        prompts, echoed = await asyncio.to_thread(self._read, asked)
         lease = await asyncio.to_thread(front.catalogue.acquire, asked.model)
         exchange = Exchange(front.engine, lease, front.meters)
         try:
@@ -110,11 +109,11 @@ class Generation(Response):
             for sampling in asked.samplings(most - len(prompt))
         ]
 
-    def _echoed(self, asked: Asked) -> list[str]:
-        """The prompts' texts, where they are to be repeated."""
-        if isinstance(asked, ChatRequest) or not asked.echo:
-            return []
-        return [self._front.prompts.text(prompt) for prompt in asked.prompt]
+    def _read(self, asked: Asked) -> tuple[list[list[int]], list[str]]:
+        """The prompts' tokens; and their texts, where they are to be repeated."""
+        prompts = self._front.prompts
+        repeated = asked.prompt if isinstance(asked, CompletionRequest) and asked.echo else []
+        return prompts.of(asked), [prompts.text(prompt) for prompt in repeated]
 
     def _shape(
         self,

@@ -48,7 +48,7 @@ class Vocabulary:
     def _bytes(self, id: int, name: str) -> bytes:
         if id in self._added:
             return name.encode()
-        if "ByteLevel" in self._kinds:
+        if "ByteLevel" in self._kinds and all(letter in self._alphabet for letter in name):
             return bytes(self._alphabet[letter] for letter in name)
         if "ByteFallback" in self._kinds and (found := _FALLBACK.fullmatch(name)):
             return bytes([int(found[1], 16)])

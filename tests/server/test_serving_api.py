@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from loopback_server import Server
 from scripted_serving import NEWS, failing, scripted_front, served
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from meadow.loopback import is_loopback, loopback_names
 from meadow.server.serving.api_keys import add_key
@@ -406,3 +408,17 @@ def test_a_prompt_can_be_scored_and_nothing_generated(server: Server) -> None:
     assert told["choices"][0]["logprobs"]["token_logprobs"] == [None, *[-0.5] * 5]
     assert told["choices"][0]["finish_reason"] == "length"
     assert complete(server, echo=True, max_tokens=0)["choices"][0]["logprobs"] is None
+
+
+def test_offsets_are_places_in_the_text_that_is_echoed() -> None:
+    """Of which a first token's space is no part."""
+    words = {"<unk>": 0, "\u2581a": 1, "\u2581dog": 2, "s": 3}
+    own = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    own.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, unk_token="<unk>")
+    with served(scripted_front(words=tokenizer)) as server:
+        asked = {"prompt": [[1, 0, 2, 3]], "echo": True, "logprobs": 0, "max_tokens": 1}
+        (choice,) = complete(server, **asked)["choices"]
+    assert choice["text"].startswith("a dogs")
+    assert choice["logprobs"]["tokens"] == [" a", "<unk>", " dog", "s", " dog"]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 1, 5, 6]
