@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -61,7 +62,7 @@ def _add_models(app: FastAPI, front: Front) -> None:
         key = front.tenants.caller(request.headers.get("authorization"), "inference")
         try:
             with front.tenants.admitted(key):
-                card = await asyncio.to_thread(_card, front, model)
+                card = await front.off_loop(partial(_card, front), model)
         except MeadowError as error:
             raise refusal(error) from error
         return JSONResponse(_model(card))

@@ -98,7 +98,8 @@ class Catalogue(Closeable):
         self._serving: dict[_Key, Version] = {}  # what those in use mean, verified
         self._stays_out: dict[_Key, int] = {}  # the alias's revision that was refused
         self._ended = threading.Event()
-        self._guard = threading.Lock()  # of those two
+        self._guard = threading.Lock()  # of targets and serving
+        self._keeping = threading.Lock()
         self._thread: threading.Thread | None = None
         if registry is not None:
             self._versions = OpenVersions(registry, blueprint)
@@ -128,7 +129,23 @@ class Catalogue(Closeable):
             version = self._taken(self._registry, reference)
         except UnknownAdapterError as error:
             raise _unknown(model) from error
-        served = Served(version.name, f"v{version.number}", version.id, reference.alias)
+        return self._lease(version, reference.alias)
+
+    def ready(self, model: str) -> Lease | None:
+        """As `acquire`, for the base and for aliases in use; None where the disk would have to be
+        read, or nothing is called so."""
+        if model == self.base.name:
+            return Lease(self.base)
+        name, mark, alias = model.partition("@")
+        key = name, alias if mark else PROD
+        with self._guard:
+            version = self._serving.get(key)
+        if version is None or not self._versions.took(version):
+            return None
+        return self._lease(version, key[1])
+
+    def _lease(self, version: Version, alias: str) -> Lease:
+        served = Served(version.name, f"v{version.number}", version.id, alias)
         return Lease(served, lambda: self._versions.give(version))
 
     def read(self, model: Served) -> Adapter:
@@ -296,8 +313,10 @@ class Catalogue(Closeable):
         self._versions.give(version)
 
     def _keep(self) -> None:
-        with self._guard:  # to its end: who comes second knows more
-            self._versions.keep(self._serving.values())
+        with self._keeping:  # to its end: who comes second knows more
+            with self._guard:
+                versions = list(self._serving.values())
+            self._versions.keep(versions)
 
 
 def _before(registry: Registry, alias: Alias) -> Iterator[Version]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -36,6 +37,9 @@ from .vocabulary import Vocabulary
 log = logging.getLogger(__name__)
 
 VERSION_HEADER = "x-adapter-version"
+_OPENERS = 4
+"""Versions that are verified at once."""
+T = TypeVar("T")
 Asked = CompletionRequest | ChatRequest
 
 
@@ -56,6 +60,14 @@ class Front:
     """Bytes."""
     body_seconds: float = 30.0
     """In which a body has to come."""
+    openers: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(_OPENERS, "meadow-versions")
+    )
+
+    async def off_loop(self, look: Callable[[str], T], model: str) -> T:
+        """What may read a version from the disk: on threads of its own, so that whoever waits for
+        that holds up nobody else."""
+        return await asyncio.get_running_loop().run_in_executor(self.openers, look, model)
 
 
 class Generation(Response):
@@ -82,7 +94,9 @@ class Generation(Response):
         asked: Asked = parse(self._kind, body)
         place.take(asked.answers)
         prompts, echoed = await asyncio.to_thread(self._read, asked)
-        lease = await asyncio.to_thread(front.catalogue.acquire, asked.model)
+        lease = front.catalogue.ready(asked.model) or await front.off_loop(
+            front.catalogue.acquire, asked.model
+        )
         exchange = Exchange(front.engine, lease, front.meters)
         try:
             exchange.submit(self._jobs(asked, prompts, lease.model, key.id))

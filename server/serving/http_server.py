@@ -59,6 +59,7 @@ class HttpServer(uvicorn.Server):
             if self._leaving is not None:
                 self._leaving.cancel()
             await asyncio.to_thread(self._front.engine.close)
+            self._front.openers.shutdown(wait=False, cancel_futures=True)
             await asyncio.sleep(0)  # what the engine said last is heard
         return not self.cut_short
 

@@ -58,24 +58,35 @@ class OpenVersions(Closeable):
         cannot be read.
         """
         key = key_of(version)
-        if self._took(key):
+        if self.took(version):
             return
         with self._turns[hash(key) % _TURNS]:
-            if not self._took(key):
+            if not self.took(version):
                 self._open(key, version)
+
+    def took(self, version: Version) -> bool:
+        """Refer to a version if it is open and not doubted; whether it is.  Waits for no disk."""
+        with self._guard:
+            entry = self._entries.get(key_of(version))
+            if entry is None or entry.doubted:
+                return False
+            entry.references += 1
+            return True
 
     def give(self, version: Version) -> None:
         """Refer to it no more."""
         with self._guard:
             if entry := self._entries.get(key_of(version)):
                 entry.references -= 1
-            self._close_unused()
+            unused = self._unused()
+        _close(unused)
 
     def keep(self, versions: Iterable[Version]) -> None:
         """Let these stay open, whether referred to or not, and no others."""
         with self._guard:
             self._kept = frozenset(map(key_of, versions))
-            self._close_unused()
+            unused = self._unused()
+        _close(unused)
 
     def doubt(self) -> None:
         """Verify each again before anybody else uses it: trust was withdrawn from a key, or the
@@ -102,39 +113,35 @@ class OpenVersions(Closeable):
 
     def close(self) -> None:
         with self._guard:
-            for entry in self._entries.values():
-                _close(entry.opened)
+            left = [entry.opened for entry in self._entries.values()]
             self._entries.clear()
-
-    def _took(self, key: Key) -> bool:
-        with self._guard:
-            entry = self._entries.get(key)
-            if entry is None or entry.doubted:
-                return False
-            entry.references += 1
-            return True
+        _close(left)
 
     def _open(self, key: Key, version: Version) -> None:
         doubts = self._doubts
         opened = self._registry.lease(version, self._blueprint)  # outside the lock: it reads files
         with self._guard:
-            if before := self._entries.get(key):  # it was doubted, and others still use it
-                _close(before.opened)
-                before.opened, before.doubted = opened, False
             entry = self._entries.setdefault(key, _Entry(opened))
+            before, entry.opened = entry.opened, opened  # it was doubted, and others still use it
             entry.doubted = self._doubts != doubts
             entry.references += 1
+        _close([before] if before is not opened else [])
 
-    def _close_unused(self) -> None:
-        for key, entry in list(self._entries.items()):
-            if not entry.references and key not in self._kept:
-                _close(self._entries.pop(key).opened)
+    def _unused(self) -> list[Opened]:
+        """Take out what nobody refers to and is not to be kept."""
+        unused = [
+            key
+            for key, entry in self._entries.items()
+            if not entry.references and key not in self._kept
+        ]
+        return [self._entries.pop(key).opened for key in unused]
 
 
-def _close(opened: Opened) -> None:
+def _close(unused: Iterable[Opened]) -> None:
     """Who gives a version back has its answer, whatever the disk says of the note about it: that
     one is void once this process has ended."""
-    try:
-        opened.close()
-    except MeadowError as error:
-        _LOG.warning("%s is still noted as in use: %s", opened.version, error)
+    for opened in unused:
+        try:
+            opened.close()
+        except MeadowError as error:
+            _LOG.warning("%s is still noted as in use: %s", opened.version, error)

@@ -154,6 +154,9 @@ class ScriptedCatalogue:
         self.leases.append(lease)
         return lease
 
+    def ready(self, model: str) -> ScriptedLease | None:
+        return self.acquire(model) if model in ("tiny", "news") else None
+
     def cards(self) -> list[Card]:
         news = Card("news", "tiny", NEWS.version, NEWS.digest, 1_800_000_000)
         return [Card("tiny", ""), news]

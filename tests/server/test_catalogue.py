@@ -477,3 +477,24 @@ def looks(catalogue: Catalogue, count: int) -> None:
     catalogue._say = say  # type: ignore[method-assign, assignment]
     for _ in range(count):
         assert seen.acquire(timeout=PATIENCE)
+
+
+def test_what_is_in_use_is_had_without_a_look_at_the_disk(
+    registry: Registry, tmp_path: Path
+) -> None:
+    add(registry, 1)
+    add(registry, 2, "canary")
+    with looking_at(registry) as catalogue:
+        assert catalogue.ready("a") is None and catalogue.ready("../a") is None
+        assert [meaning(catalogue, name) for name in ("a", "a@canary")] == ["a@v1", "a@v2"]
+        (tmp_path / "registry").rename(tmp_path / "away")
+        for name, means in (("a", "a@v1"), ("a@prod", "a@v1"), ("a@canary", "a@v2")):
+            lease = catalogue.ready(name)
+            assert lease is not None and str(lease.model) == means
+            lease.release()
+        assert not any(map(catalogue.ready, ("a@v1", "a@@prod", "a@", "", "b")))
+        base = catalogue.ready("base")
+        assert base is not None and base.model.is_base
+        (tmp_path / "away").rename(tmp_path / "registry")
+        registry.distrust(ME.key_id)
+        soon(lambda: catalogue.ready("a") is None)

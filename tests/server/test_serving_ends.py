@@ -247,3 +247,27 @@ def test_a_request_is_answered_also_where_its_lease_cannot_be_let_go(
     monkeypatch.setattr(ScriptedLease, "release", release)
     with served(scripted_front()) as server:
         assert server.ask("/v1/completions", LONG).json["choices"][0]["finish_reason"] == "length"
+
+
+def test_who_waits_for_a_version_holds_up_nobody_else() -> None:
+    """However many wait: a large one is verified, or the disk takes its time."""
+    with served(scripted_front()) as server:
+        go_on, own, waiting = threading.Event(), server.catalogue.acquire, threading.Semaphore(0)
+
+        def acquire(model: str) -> Any:
+            if model == "news@v7":
+                waiting.release()
+                assert go_on.wait(PATIENCE)
+            return own(model)
+
+        server.catalogue.acquire = acquire
+        slow = [Caller(server, {**LONG, "model": "news@v7"}) for _ in range(40)]
+        assert waiting.acquire(timeout=PATIENCE)
+        eventually(lambda: server.front.doorway.in_flight == len(slow))
+        for model in ("news", "tiny"):
+            assert server.ask("/v1/completions", {**LONG, "model": model}).status == 200
+        assert len(server.engine.jobs) == 2
+        go_on.set()
+        for caller in slow:
+            assert b'"finish_reason":"length"' in caller.until(b'"finish_reason"')
+            caller.hang_up()
