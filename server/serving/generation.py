@@ -94,9 +94,9 @@ class Generation(Response):
         asked: Asked = parse(self._kind, body)
         place.take(asked.answers)
         prompts, echoed = await asyncio.to_thread(self._read, asked)
-        lease = front.catalogue.ready(asked.model) or await front.off_loop(
-            front.catalogue.acquire, asked.model
-        )
+        lease = front.catalogue.ready(asked.model)
+        if lease is None:
+            lease = await front.off_loop(front.catalogue.acquire, asked.model)
         exchange = Exchange(front.engine, lease, front.meters)
         try:
             exchange.submit(self._jobs(asked, prompts, lease.model, key.id))
