@@ -120,8 +120,9 @@ def _add_gates(parser: argparse.ArgumentParser, base: str) -> None:
         help="prompts whose answers have to pass, TOML or JSON lines (needs --base)",
     )  # fmt: skip
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="as it is served"
-    )
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
+        help="as it is served",
+    )  # fmt: skip
     parser.add_argument(
         "--quantize", choices=["none", "4bit", "8bit"], default="none", help="as it is served"
     )

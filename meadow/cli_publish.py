@@ -14,11 +14,12 @@ from typing import Any
 from rich.console import Console
 
 from .errors import ConfigError, ReplicaError
+from .loopback import is_loopback, loopback_names
 
 Add = Callable[..., argparse.ArgumentParser]
 _KEY = "VLLM_API_KEY"
 _PATIENCE, _ONCE_PATIENCE = 2.0, 120.0  # seconds that the slowest server is waited for
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_KEEP_ALIVE = 4.0  # seconds; vLLM closes after 5, and a request would meet that half-way
 
 
 def add_command(commands: Any, add: Add) -> None:
@@ -85,7 +86,7 @@ async def _work(options: argparse.Namespace, keys: list[str]) -> dict[str, Any]:
     disk.folder(folder)
     async with AsyncExitStack() as stack:
         stack.enter_context(locked(folder / "publisher.lock", "one publisher has one folder"))
-        connector = aiohttp.TCPConnector(limit=0)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE)
         session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
         await stack.enter_async_context(session)
         key = _server_key(options)
@@ -131,7 +132,8 @@ async def _listen(stack: AsyncExitStack, routes: Any, keys: list[str], address: 
     from .server.model_gateway import ModelGateway
 
     host, port = _split(address)
-    app = ModelGateway(routes, keys).application()
+    hosts = None if keys else loopback_names(host)
+    app = ModelGateway(routes, keys, hosts).application()
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
@@ -165,7 +167,7 @@ def _client_keys(options: argparse.Namespace) -> list[str]:
         if not keys:
             raise ConfigError(f"{options.keys} holds no key", "one a line")
         return keys
-    if options.gateway and _split(options.gateway)[0] not in _LOOPBACK:
+    if options.gateway and not is_loopback(_split(options.gateway)[0]):
         raise ConfigError(
             f"{options.gateway} can be reached from elsewhere, and everybody could ask",
             "--keys FILE, or --gateway 127.0.0.1:PORT",

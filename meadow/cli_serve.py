@@ -48,7 +48,7 @@ def _add_bounds(serve: argparse.ArgumentParser, count: Number, positive: Number)
         ("--kv-tokens", count, 0, "tokens whose keys and values are held (0: rows x length)"),
         ("--prefill-tokens", positive, 512, "tokens of prompts in one step"),
         ("--slots", positive, 16, "adapters of each rank that are ready for a batch"),
-        ("--cache-mb", count, 1024, "adapters in memory beside the slots"),
+        ("--cache-mb", positive, 1024, "adapters in memory beside the slots"),
         ("--largest-body", positive, 4 * 2**20, "bytes of a request; larger ones get 413"),
     ):
         bounds.add_argument(

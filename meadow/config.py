@@ -176,7 +176,9 @@ class ServeConfig:
     publish_every: int = _key(0, "publish every so many rounds, and at the end (0: only then)", 0)
     alias: str = _key("prod", 'the alias that then moves, if the gates pass ("": none)')
     max_loss_increase: float = _key(0.0, "by so much the held-out loss may get worse", 0)
-    dtype: Literal["", "float32", "bfloat16"] = _key("", 'precision it is served in ("": [model])')
+    dtype: Literal["", "float32", "bfloat16", "float16"] = _key(
+        "", 'precision it is served in ("": [model])'
+    )
     quantize: Literal["", "none", "4bit", "8bit"] = _key("", 'as it is served ("": [model])')
     held_out: str = _key("", 'rows to measure it anew on, as it is served ("": the run\'s losses)')
     canaries: str = _key("", 'prompts whose answers have to pass, TOML or JSON lines ("": none)')

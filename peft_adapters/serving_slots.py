@@ -26,7 +26,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import AdapterError, ModelError
 from .layout import Site, Tree, modules_of
 from .slot_group import Factors, Packed, Run, SlotGroup
 
@@ -147,15 +147,23 @@ class ServingSlots:
         self._plan = self._by_slot if self.kernels else self._in_runs
 
     def write(self, place: Place, packed: Packed) -> None:
-        """Fill a slot that nothing in the batch uses."""
+        """Fill a slot that nothing in the batch uses.  Raises AdapterError; see `group`."""
         self.group(place.rank).write(place.slot, packed)
         self._last = None
 
     def group(self, rank: int) -> SlotGroup:
-        """The slots of a padded rank."""
+        """The slots of a padded rank.  Raises AdapterError where there is no memory for them."""
         if rank not in self.groups:
-            self.groups[rank] = SlotGroup(self.sites, rank, self.count, self._device, self.dtype)
+            self.groups[rank] = self._new_group(rank)
         return self.groups[rank]
+
+    def _new_group(self, rank: int) -> SlotGroup:
+        try:
+            return SlotGroup(self.sites, rank, self.count, self._device, self.dtype)
+        except (MemoryError, RuntimeError) as error:  # as torch says it
+            raise AdapterError(
+                f"no memory for {self.count} slots of rank {rank}", "serve with fewer slots"
+            ) from error
 
     def compose(self, decode: Sequence[Place | None], segments: Sequence[Segment]) -> Order:
         """Prepare the layers for a batch, whose tokens have to come in the order returned.

@@ -22,6 +22,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from ..loopback import without_port
 from .model_routes import ModelRoutes, Target
 from .vllm_replica import Replica
 
@@ -35,8 +36,12 @@ _LOST = (404, 502, 503)
 """How a server answers for a model that it had: it was restarted."""
 _RETRY_SECONDS = 1
 _PIECE = 2**16  # bytes
+_AS_IT_IS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+"""Answers are passed on with the length that their servers say."""
 _TYPES = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError",
-          413: "BadRequestError", 503: "ServiceUnavailableError"}  # fmt: skip
+          405: "MethodNotAllowedError", 413: "RequestTooLargeError",
+          415: "UnsupportedMediaTypeError", 421: "MisdirectedRequestError",
+          503: "ServiceUnavailableError"}  # fmt: skip
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -44,11 +49,14 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class ModelGateway:
     """Answers clients out of the servers that `routes` knows.
 
-    `keys` are the API keys of those who may ask; without any, everybody may.
+    `keys` are the API keys of those who may ask; without any, everybody may who calls it by one of
+    `hosts`, names without port; None allows all.
     """
 
-    def __init__(self, routes: ModelRoutes, keys: Collection[str] = ()) -> None:
-        self._routes, self._keys = routes, [key.encode() for key in keys]
+    def __init__(
+        self, routes: ModelRoutes, keys: Collection[str] = (), hosts: Collection[str] | None = None
+    ) -> None:
+        self._routes, self._keys, self._hosts = routes, [key.encode() for key in keys], hosts
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[self._guarded], client_max_size=LARGEST_BODY)
@@ -61,6 +69,9 @@ class ModelGateway:
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Every refusal in OpenAI's shape; /health is for everybody."""
+        host = request.headers.get("Host", "")
+        if self._hosts is not None and without_port(host) not in self._hosts:
+            return refusal(421, f"{host[:80]!r} is not this gateway")
         if request.path != "/health" and not self._is_known(request):
             return refusal(401, "no valid API key was given")
         try:
@@ -88,6 +99,8 @@ class ModelGateway:
         return web.json_response({"object": "list", "data": cards})
 
     async def _forward(self, request: web.Request) -> web.StreamResponse:
+        if request.content_type != "application/json":  # a web page may send other kinds unasked
+            return refusal(415, "send the body as `Content-Type: application/json`")
         try:
             body = json.loads(await request.read())
         except (ValueError, RecursionError):
@@ -132,7 +145,7 @@ async def _ask(replica: Replica, path: str, body: bytes) -> aiohttp.ClientRespon
         return await replica.session.post(
             replica.url + path,
             data=io.BytesIO(body) if len(body) > _PIECE else body,  # in pieces, not all at once
-            headers={**replica.headers, "Content-Type": "application/json"},
+            headers={**replica.headers, **_AS_IT_IS},
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
             allow_redirects=False,
         )

@@ -65,6 +65,7 @@ class Registry(Closeable):
         self, folder: Path, who: Identity, disk: Disk, clock: Callable[[], float], limits: Limits
     ) -> None:
         self.folder = folder
+        self._disk = disk
         self._clock = clock
         self._limits = limits
         self._folders = VersionFolders(folder / "versions", disk, limits)
@@ -93,8 +94,7 @@ class Registry(Closeable):
         where the disk refuses.
         """
         disk = disk or Disk()
-        for part in ("versions", "leases"):
-            disk.folder(folder / part)
+        _make_folders(folder, disk)
         return cls(folder, who, disk, clock, limits or Limits())
 
     def close(self) -> None:
@@ -307,6 +307,25 @@ class Registry(Closeable):
         """
         return self._database.read(lambda rows: rows.revision())
 
+    @property
+    def is_replaced(self) -> bool:
+        """Whether there is another registry now where this one was opened: a copy, perhaps."""
+        return self._database.is_replaced
+
+    def fingerprint(self) -> tuple[int, ...]:
+        """Of the database that lies there now; another one after whatever is written to it."""
+        return self._database.fingerprint()
+
+    def reopen(self) -> None:
+        """Go on with the registry that lies there now; what was in use is in use there.
+
+        Raises what `Registry.open` raises, and then goes on with none.
+        """
+        with self._turn():
+            _make_folders(self.folder, self._disk)
+            self._leases.renew()
+            self._database.reopen()
+
     def changes(self, since: int = 0) -> list[Entry]:
         """What changed after a revision, in order."""
         return self._database.read(lambda rows: rows.since(since))
@@ -367,6 +386,11 @@ class Registry(Closeable):
 
     def _turn(self) -> AbstractContextManager[None]:
         return own_turn(self.folder / "registry.lock")
+
+
+def _make_folders(folder: Path, disk: Disk) -> None:
+    for part in ("versions", "leases"):
+        disk.folder(folder / part)
 
 
 def _is_at(rows: Rows, name: str, alias: str, revision: int | None) -> bool:

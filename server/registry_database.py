@@ -73,6 +73,35 @@ class Database(Closeable):
 
         return self._on_thread(commit)
 
+    @property
+    def is_replaced(self) -> bool:
+        """Whether another database lies at the path now."""
+        with explained(self._path):
+            return _place(self._path) not in (None, self._place)
+
+    def fingerprint(self) -> tuple[int, ...]:
+        """Another one whenever somebody has written to the database that lies there."""
+        log = self._path.with_name(self._path.name + "-wal")
+        with explained(self._path):
+            found = [path.stat() for path in (self._path, log) if path.exists()]
+        return tuple(part for s in found for part in (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns))
+
+    def reopen(self) -> None:
+        """Go on with the database that lies at the path now.
+
+        Raises as the constructor does, also for an empty one; then it goes on with none.
+        """
+
+        def again() -> None:
+            with explained(self._path):
+                if not self._path.stat().st_size:  # to connect would make it a database
+                    raise StorageError(f"{self._path} is empty", "put the folder there as a whole")
+            before = self._db
+            self._connect(create=False)
+            before.close()
+
+        self._thread.submit(again).result()
+
     def _on_thread(self, work: Callable[[], _T]) -> _T:
         with explained(self._path):
             self._check_place()
@@ -80,41 +109,52 @@ class Database(Closeable):
 
     def _check_place(self) -> None:
         """A database that was removed or replaced would go on answering from its old file."""
-        if not self._path.exists() or os.stat(self._path).st_ino != self._inode:
+        if _place(self._path) != self._place:
             raise StorageError(
                 f"{self._path} is gone or was replaced", "bring it back, and open it anew"
             )
 
-    def _connect(self) -> None:
-        self._db = self._disk.connect(self._path)
+    def _connect(self, create: bool = True) -> None:
+        database = self._disk.connect(self._path)
         try:
             with explained(self._path):
-                self._admit()
-                self._inode = os.stat(self._path).st_ino
+                self._admit(database, create)
+                place = _place(self._path)
         except BaseException:
-            self._db.close()
+            database.close()
             raise
+        self._db, self._place = database, place
 
-    def _admit(self) -> None:
+    def _admit(self, database: sqlite3.Connection, create: bool) -> None:
         """Create the tables, or check that they are ours."""
-        ((health,),) = self._db.execute("PRAGMA quick_check(1)").fetchall()
+        ((health,),) = database.execute("PRAGMA quick_check(1)").fetchall()
         if health != "ok":
             hint = "restore the registry's folder from a copy"
             raise JournalError(f"{self._path} is damaged: {health}", hint)
-        ((version,),) = self._db.execute("PRAGMA user_version").fetchall()
-        if version == 0 and not self._db.execute("SELECT name FROM sqlite_master").fetchall():
-            with self._disk.transaction(self._db, self._path):
-                self._create()
+        ((version,),) = database.execute("PRAGMA user_version").fetchall()
+        empty = not database.execute("SELECT name FROM sqlite_master").fetchall()
+        if create and version == 0 and empty:
+            with self._disk.transaction(database, self._path):
+                self._create(database)
         elif version != FORMAT:
             raise FormatError(
                 f"{self._path} has registry format {version}, this meadow reads {FORMAT}",
                 "install the version of meadow that wrote it",
             )
 
-    def _create(self) -> None:
+    def _create(self, database: sqlite3.Connection) -> None:
         for statement in TABLES:
-            self._db.execute(statement)
-        changes = Changes(self._db, self._clock(), self._who.key_id)
+            database.execute(statement)
+        changes = Changes(database, self._clock(), self._who.key_id)
         own = self._who.public.public_bytes_raw()
         changes.trust(self._who.key_id, own, "who made this registry")
-        self._db.execute(f"PRAGMA user_version = {FORMAT}")
+        database.execute(f"PRAGMA user_version = {FORMAT}")
+
+
+def _place(path: Path) -> tuple[int, int] | None:
+    """Which file lies at a path, whatever it is called; None for none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino

@@ -39,8 +39,7 @@ class Leases(Closeable):
         """From now on, a version is in use once more."""
         with self._guard, explained(self._folder):
             if self._lock is None:
-                self._lock = _held(self._folder / (self._name + _LOCK))
-                self._own.mkdir()
+                self._claim()
             if not self._counts[id]:
                 (self._own / id).touch()
             self._counts[id] += 1
@@ -52,6 +51,21 @@ class Leases(Closeable):
             if self._counts[id] <= 0:
                 del self._counts[id]
                 (self._own / id).unlink(missing_ok=True)
+
+    def renew(self) -> None:
+        """Note what is in use in the folder that lies there now, where another one lay before."""
+        with self._guard, explained(self._folder):
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
+                self._claim()
+
+    def _claim(self) -> None:
+        lock = _held(self._folder / (self._name + _LOCK))
+        self._own.mkdir(exist_ok=True)
+        for id in self._counts:
+            (self._own / id).touch()
+        self._lock = lock
 
     def held(self) -> set[str]:
         """Versions that any living process uses; what the dead left is removed."""

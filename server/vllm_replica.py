@@ -127,8 +127,7 @@ class Replica:
                 timeout=self._timeout,
                 allow_redirects=False,
             ) as answer:
-                data = await answer.content.read(_LARGEST_ANSWER)
-                status = answer.status
+                data, status = await self._read(answer), answer.status
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise ReplicaError(f"{self.url} gives no answer: {_reason(error)}") from error
         found = _parsed(data)
@@ -138,6 +137,15 @@ class Replica:
                 f"{self.url} refuses {path} ({status}): {_said(found)}", hint, status
             )
         return found
+
+    async def _read(self, answer: aiohttp.ClientResponse) -> bytes:
+        """All of a body, in however many pieces it comes.  Raises ReplicaError for a large one."""
+        data = bytearray()
+        async for piece in answer.content.iter_any():
+            data += piece
+            if len(data) > _LARGEST_ANSWER:
+                raise ReplicaError(f"{self.url} answers with more than {_LARGEST_ANSWER} bytes")
+        return bytes(data)
 
 
 def _cards(answer: Any) -> dict[str, Card]:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .openai_types import ChatRequest, CompletionRequest
-from .requests import Finished, Token
+from .requests import Finished, PromptRead, Token
 from .served import Served
-from .vocabulary import Piece, Vocabulary
+from .vocabulary import Vocabulary
 
 Json = dict[str, Any]
 _LEAST = -9999.0  # in place of minus infinity, which JSON does not have
@@ -24,6 +24,7 @@ class Choice:
     """One of an answer's texts, as far as it is known."""
 
     prompt: int  # of which prompt it is an answer
+    read: Sequence[Token] = ()  # the prompt's own tokens, where they are scored
     text: list[str] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     end: Finished | None = None
@@ -56,6 +57,9 @@ class Answer(ABC):
         }
 
     # Whole
+
+    def read(self, index: int, prompt: PromptRead) -> None:
+        self.choices[index].read = prompt.tokens
 
     def add(self, index: int, token: Token) -> None:
         choice = self.choices[index]
@@ -90,6 +94,11 @@ class Answer(ABC):
     def opening(self) -> list[Json]:
         """What a stream begins with."""
         return [self._chunk(self._first(index)) for index in range(len(self.choices))]
+
+    def read_chunk(self, index: int, prompt: PromptRead) -> Json:
+        """A choice's beginning, where that had to wait for its prompt's log probabilities."""
+        self.read(index, prompt)
+        return self._chunk(self._first(index))
 
     def token_chunk(self, index: int, token: Token) -> list[Json]:
         """Nothing, where a token is not to be seen yet."""
@@ -148,21 +157,29 @@ class CompletionAnswer(Answer):
     ) -> None:
         """`echoed` are the prompts' texts, where they are to be repeated."""
         super().__init__(asked, prompts, model, vocabulary)
-        self._echoed = echoed
+        self._echoed, self._scored = echoed, asked.scores_prompt
         self._offsets = [Offsets() for _ in self.choices]
 
     def opening(self) -> list[Json]:
-        """Chunks before the first token only where they say something."""
-        return super().opening() if self._echoed or self._wants_ids else []
+        """Chunks before the first token only where they say something, and can."""
+        begins = (self._echoed or self._wants_ids) and not self._scored
+        return super().opening() if begins else []
+
+    def read(self, index: int, prompt: PromptRead) -> None:
+        super().read(index, prompt)
+        shown = b"".join(self._vocabulary.shown(token.id) for token in prompt.tokens)
+        # of some tokenizers the first token has a space that is no part of the text
+        self._offsets[index] = Offsets(len(self._echo(index)) - len(shown.decode(errors="replace")))
 
     def _whole_choice(self, index: int, choice: Choice) -> Json:
         assert choice.end is not None
         text = self._echo(index) + "".join(choice.text)
-        told = self._choice(index, text, choice.tokens, choice.end.reason)
+        told = self._choice(index, text, choice.tokens, choice.end.reason, choice.read)
         return {**told, **self._prompt_ids(index)}
 
     def _first(self, index: int) -> Json:
-        return {**self._choice(index, self._echo(index), []), **self._prompt_ids(index)}
+        told = self._choice(index, self._echo(index), [], None, self.choices[index].read)
+        return {**told, **self._prompt_ids(index)}
 
     def _next(self, index: int, token: Token) -> Json:
         return self._choice(index, token.text, [token])
@@ -171,9 +188,16 @@ class CompletionAnswer(Answer):
         return self._choice(index, end.text, [], end.reason)
 
     def _choice(
-        self, index: int, text: str, tokens: Sequence[Token], reason: str | None = None
+        self,
+        index: int,
+        text: str,
+        tokens: Sequence[Token],
+        reason: str | None = None,
+        read: Sequence[Token] = (),
     ) -> Json:
-        told = {"index": index, "text": text, "logprobs": self._logprobs(index, tokens)}
+        """`read` are those of the prompt."""
+        logprobs = self._logprobs(index, [*read, *tokens])
+        told = {"index": index, "text": text, "logprobs": logprobs}
         return {**told, "finish_reason": reason, **self._ids(tokens)}
 
     def _echo(self, index: int) -> str:
@@ -186,16 +210,18 @@ class CompletionAnswer(Answer):
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> Json | None:
         if self._alternatives is None or not tokens:
             return None
-        pieces = [self._vocabulary.piece(token.id) for token in tokens]
+        offsets, vocabulary = self._offsets[index], self._vocabulary
         return {
-            "tokens": [piece.text for piece in pieces],
+            "tokens": [vocabulary.piece(token.id).text for token in tokens],
             "token_logprobs": [_finite(token.logprob) for token in tokens],
             "top_logprobs": [self._top(token) for token in tokens] if self._alternatives else None,
-            "text_offset": [self._offsets[index].before(piece) for piece in pieces],
+            "text_offset": [offsets.before(vocabulary.shown(token.id)) for token in tokens],
         }
 
-    def _top(self, token: Token) -> dict[str, float]:
-        """The likeliest tokens, and the one that was taken."""
+    def _top(self, token: Token) -> dict[str, float | None] | None:
+        """The likeliest tokens, and the one that was taken; None for a prompt's first."""
+        if token.logprob is None:
+            return None
         pairs = [*token.top, (token.id, token.logprob)]
         return {self._vocabulary.piece(id).text: _finite(value) for id, value in reversed(pairs)}
 
@@ -254,16 +280,16 @@ class ChatAnswer(Answer):
 class Offsets:
     """At which character of a text each of its tokens begins; tokens may end within one."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: int = 0) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._at = 0
+        self._at = start
 
-    def before(self, piece: Piece) -> int:
-        """Where the next token begins."""
+    def before(self, shown: bytes) -> int:
+        """Where the next token begins, which adds these bytes."""
         at = self._at
-        self._at += len(self._decoder.decode(piece.bytes))
-        return at
+        self._at += len(self._decoder.decode(shown))
+        return max(0, at)
 
 
-def _finite(value: float | None) -> float:
-    return _LEAST if value is None else max(value, _LEAST)
+def _finite(value: float | None) -> float | None:
+    return None if value is None else max(value, _LEAST)

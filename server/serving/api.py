@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -51,15 +52,17 @@ def _add_answers(app: FastAPI, front: Front) -> None:
 def _add_models(app: FastAPI, front: Front) -> None:
     @app.get("/v1/models", response_model=None)
     async def models(request: Request) -> Response:
-        front.tenants.caller(request.headers.get("authorization"), "inference")
-        cards = await asyncio.to_thread(front.catalogue.cards)
+        key = front.tenants.caller(request.headers.get("authorization"), "inference")
+        with front.tenants.admitted(key):
+            cards = await asyncio.to_thread(front.catalogue.cards)
         return JSONResponse({"object": "list", "data": [_model(card) for card in cards]})
 
     @app.get("/v1/models/{model:path}", response_model=None)
     async def model(request: Request, model: str) -> Response:
-        front.tenants.caller(request.headers.get("authorization"), "inference")
+        key = front.tenants.caller(request.headers.get("authorization"), "inference")
         try:
-            card = await asyncio.to_thread(_card, front, model)
+            with front.tenants.admitted(key):
+                card = await front.off_loop(partial(_card, front), model)
         except MeadowError as error:
             raise refusal(error) from error
         return JSONResponse(_model(card))

@@ -6,12 +6,15 @@ generates and, so that long prompts do not hold those up, at most so many tokens
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import groupby
 from typing import Protocol
 
 import torch
 
+from ...errors import AdapterError
 from ...peft_adapters.serving_slots import Packed, Place
 from ..registry_names import PROD
 from .adapter_cache import CacheStats
@@ -21,6 +24,10 @@ from .model_runner import ModelRunner, Work
 from .sampler import choose
 from .served import Served
 from .slot_table import SlotTable
+
+_LOG = logging.getLogger(__name__)
+_MOST_SCORED = 128
+"""Tokens of prompts in one step after which a whole vocabulary's logits are held."""
 
 
 class Adapters(Protocol):
@@ -98,8 +105,12 @@ class Batcher:
         """Fill a slot before the first request needs it, if there is one to spare."""
         packed = self.cache.peek(model)
         if packed is not None and self.slots.has_room(model.digest, packed.rank):
-            self._fill_slot(model, packed)
-            self.slots.give(model.digest)
+            try:
+                self._fill_slot(model, packed)
+            except AdapterError as error:  # who asks for it will hear that
+                _LOG.error("%s: %s", model, error)
+            else:
+                self.slots.give(model.digest)
 
     # A step
 
@@ -118,23 +129,43 @@ class Batcher:
         works |= {_work(request, length): request for request, length in self._prompts()}
         in_order, logits = self.runner.run(*_halves(list(works), len(decode)))
         self.totals["steps"] += 1
+        if any(work.every for work in in_order):
+            in_order, logits = self._score(works, in_order, logits)
         self._answer([works[work] for work in in_order], logits)
         return True
 
     def _prompts(self) -> Iterator[tuple[LiveRequest, int]]:
         """Whose prompts this step reads on, and how many tokens of each."""
-        left = self.prefill_tokens
+        left, scored = self.prefill_tokens, _MOST_SCORED
         for request in self.running:
-            if left and request.unread:
-                length = min(left, request.unread)
+            length = min(left, request.unread, *([scored] if request.is_scored else []))
+            if length:
                 left -= length
+                scored -= length if request.is_scored else 0
                 yield request, length
+
+    def _score(
+        self, works: Mapping[Work, LiveRequest], in_order: list[Work], logits: torch.Tensor
+    ) -> tuple[list[Work], torch.Tensor]:
+        """Tell those whose prompts are scored; what is left is to be chosen from."""
+        left = []
+        for work, same in groupby(range(len(in_order)), key=in_order.__getitem__):
+            first, *others = same
+            last = others[-1] if others else first
+            if work.every and not works[work].score(logits[first : last + 1]):
+                self._leave(works[work], error=_not_finite(works[work]))
+            elif work.last:
+                left.append(last)
+        return [in_order[at] for at in left], logits[left]
 
     def _answer(self, requests: list[LiveRequest], logits: torch.Tensor) -> None:
         tokens = choose(logits, [request.chooser for request in requests])
         for request, token, row in zip(requests, tokens, logits, strict=True):
             if token is None:
-                self._leave(request, error=f"{request.job.model} gives numbers that are not finite")
+                self._leave(request, error=_not_finite(request))
+            elif not request.remaining:
+                request.end_unasked()
+                self._leave(request)
             else:
                 self.totals["generation"] += 1
                 if request.accept(token, row):
@@ -156,21 +187,30 @@ class Batcher:
         return model.is_base or self.slots.has_room(model.digest, self.cache.get(model).rank)
 
     def _begin(self, request: LiveRequest) -> None:
-        model = request.job.model
+        model, place, prompt = request.job.model, None, request.job.prompt
         if not model.is_base:
-            request.place = self._fill_slot(model, self.cache.get(model))
+            packed = self.cache.get(model)
             self.cache.give(model)
-        request.row = self.runner.kv.take(request.owner, request.job.prompt)
-        request.cached = len(request.row.tokens)
+            try:
+                place = self._fill_slot(model, packed)
+            except AdapterError as error:
+                self._ended(request, str(error))
+                return
+        row = self.runner.kv.take(request.owner, prompt, reuse=not request.is_scored)
+        request.begin(row, place)
         self.totals["prompt"] += request.input_length
         self.totals["cached"] += request.cached
         self.running.append(request)
 
     def _fill_slot(self, model: Served, packed: Packed) -> Place:
-        """Refer to an adapter's slot, which is filled if it was not there."""
+        """Refer to an adapter's slot, which is filled if it was not there.  Raises AdapterError."""
         place, new = self.slots.take(model.digest, packed.rank)
         if new:
-            self.runner.write(place, packed)
+            try:
+                self.runner.write(place, packed)
+            except AdapterError:
+                self.slots.drop(model.digest)
+                raise
         if model.alias == PROD and model.name in self._pinned:
             self.slots.pin(self._pins.get(model.name, ""), False)
             self.slots.pin(model.digest)
@@ -214,7 +254,13 @@ class Batcher:
 def _work(request: LiveRequest, limit: int) -> Work:
     assert request.row is not None
     tokens = request.next_tokens(limit)
-    return Work(request.row, request.place, tuple(tokens), last=len(tokens) >= request.unread)
+    every = request.is_scored and request.unread > 0
+    last = len(tokens) >= request.unread
+    return Work(request.row, request.place, tuple(tokens), last, every)
+
+
+def _not_finite(request: LiveRequest) -> str:
+    return f"{request.job.model} gives numbers that are not finite"
 
 
 def _halves(works: list[Work], first: int) -> tuple[list[Work], list[Work]]:

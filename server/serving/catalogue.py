@@ -3,7 +3,8 @@
 A thread looks at the registry several times a second.  An alias that somebody uses moves once its
 new version is verified and in memory, by one store into a dictionary: requests before it have the
 old version, those after it the new one.  A new version that does not verify stays out, and the
-alias goes on meaning the one before.  While the registry cannot be read, names mean what they did.
+alias goes on meaning the one before.  While the registry cannot be read, names mean what they did;
+one that is put in its place is taken up, and everything verified anew.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ...errors import (
     IdentityError,
     MeadowError,
     RegistryError,
+    StorageError,
     UnknownAdapterError,
     UnknownModelError,
 )
@@ -27,7 +29,7 @@ from ...peft_adapters.adapter_reader import Adapter
 from ...peft_adapters.blueprint import Blueprint
 from ..registry import Alias, Registry, Version
 from ..registry_names import PROD, Reference
-from .open_versions import OpenVersions
+from .open_versions import Key, OpenVersions
 from .served import Served
 
 __all__ = ["Card", "Catalogue", "Health", "Lease", "Served"]
@@ -91,11 +93,13 @@ class Catalogue(Closeable):
         self._registry = registry
         self._fault, self._refused = "", 0
         self._revision = -1
+        self._seen: tuple[int, ...] = ()  # of another registry in its place, as of the last look
         self._targets: dict[_Key, Alias] = {}  # where the registry's aliases point
         self._serving: dict[_Key, Version] = {}  # what those in use mean, verified
         self._stays_out: dict[_Key, int] = {}  # the alias's revision that was refused
         self._ended = threading.Event()
-        self._guard = threading.Lock()  # of those two
+        self._guard = threading.Lock()  # of targets and serving
+        self._keeping = threading.Lock()
         self._thread: threading.Thread | None = None
         if registry is not None:
             self._versions = OpenVersions(registry, blueprint)
@@ -125,12 +129,28 @@ class Catalogue(Closeable):
             version = self._taken(self._registry, reference)
         except UnknownAdapterError as error:
             raise _unknown(model) from error
-        served = Served(version.name, f"v{version.number}", version.id, reference.alias)
-        return Lease(served, lambda: self._versions.give(str(version)))
+        return self._lease(version, reference.alias)
+
+    def ready(self, model: str) -> Lease | None:
+        """As `acquire`, for the base and for aliases in use; None where the disk would have to be
+        read, or nothing is called so."""
+        if model == self.base.name:
+            return Lease(self.base)
+        name, mark, alias = model.partition("@")
+        key = name, alias if mark else PROD
+        with self._guard:
+            version = self._serving.get(key)
+        if version is None or not self._versions.took(version):
+            return None
+        return self._lease(version, key[1])
+
+    def _lease(self, version: Version, alias: str) -> Lease:
+        served = Served(version.name, f"v{version.number}", version.id, alias)
+        return Lease(served, lambda: self._versions.give(version))
 
     def read(self, model: Served) -> Adapter:
         """The weights of a leased version, from the bytes that were verified."""
-        return self._versions.read(str(model))
+        return self._versions.read(Key(str(model), model.digest))
 
     def cards(self) -> list[Card]:
         """The base, then each alias, by name."""
@@ -172,9 +192,19 @@ class Catalogue(Closeable):
         with self._guard:
             serving = self._serving.get(key)
         if serving is not None:
-            self._versions.take(serving)
-            return serving
+            try:
+                self._versions.take(serving)
+            except _UNUSABLE as error:
+                _LOG.warning("%s is served no more: %s", serving, error)
+                self._forget(key, serving)
+            else:
+                return serving
         return self._first_use(registry, key)
+
+    def _forget(self, key: _Key, version: Version) -> None:
+        with self._guard:
+            if self._serving.get(key) == version:
+                del self._serving[key]
 
     def _first_use(self, registry: Registry, key: _Key) -> Version:
         """An alias that nobody asked for so far: its version, or one before it that verifies."""
@@ -211,16 +241,32 @@ class Catalogue(Closeable):
     def _watch(self, registry: Registry, seconds: float) -> None:
         while not self._ended.wait(seconds):
             try:
+                if registry.is_replaced:
+                    self._take_up(registry)
                 self._look(registry)
                 self._say("")
             except MeadowError as error:
                 self._say(str(error))
+            except Exception as error:  # a defect, or out of files: the next look may be better
+                self._say(f"{type(error).__name__}: {error}", error)
 
-    def _say(self, fault: str) -> None:
+    def _say(self, fault: str, defect: Exception | None = None) -> None:
         with self._guard:
             before, self._fault = self._fault, fault
         if fault != before:
-            _LOG.warning("the registry: %s", fault or "is back")
+            _LOG.warning("the registry: %s", fault or "is back", exc_info=defect)
+
+    def _take_up(self, registry: Registry) -> None:
+        """Go on with a registry that lies in the place of the one that was opened, once it does not
+        change from look to look: whoever copies it there may not be done."""
+        before, self._seen = self._seen, registry.fingerprint()
+        if self._seen != before:
+            return
+        registry.reopen()
+        with self._guard:
+            self._serving = {}  # what a name means there, the next who asks finds out
+        self._revision = -1
+        self._versions.doubt()
 
     def _look(self, registry: Registry) -> None:
         revision = registry.revision()
@@ -229,18 +275,24 @@ class Catalogue(Closeable):
             self._revision = revision
         with self._guard:
             meant = [(key, self._targets[key], version) for key, version in self._serving.items()]
+        faults: list[StorageError] = []
         for key, alias, version in meant:
             if version.id != alias.version.id and self._stays_out.get(key) != alias.revision:
-                self._move(key, alias)
+                try:
+                    self._move(key, alias)
+                except StorageError as error:  # of this version's files, perhaps: others move
+                    faults.append(error)
+        if faults:
+            raise faults[0]
 
     def _read_aliases(self, registry: Registry) -> None:
         targets = {(alias.name, alias.alias): alias for alias in registry.aliases()}
         changes = registry.changes(self._revision) if self._revision >= 0 else []
         with self._guard:
             self._targets = targets
-            if any(change.kind == "distrusted" for change in changes):
-                self._serving = {}  # to be verified anew, each when it is next asked for
             self._serving = {key: v for key, v in self._serving.items() if key in targets}
+        if any(change.kind == "distrusted" for change in changes):
+            self._versions.doubt()
         self._stays_out = {}  # what was wrong with a version may have been mended
         self._keep()
 
@@ -258,12 +310,13 @@ class Catalogue(Closeable):
         with self._guard:
             self._serving[key] = version
         self._keep()
-        self._versions.give(str(version))
+        self._versions.give(version)
 
     def _keep(self) -> None:
-        with self._guard:
-            versions = {str(version) for version in self._serving.values()}
-        self._versions.keep(versions)
+        with self._keeping:  # to its end: who comes second knows more
+            with self._guard:
+                versions = list(self._serving.values())
+            self._versions.keep(versions)
 
 
 def _before(registry: Registry, alias: Alias) -> Iterator[Version]:

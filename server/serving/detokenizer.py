@@ -42,6 +42,8 @@ class Detokenizer:
         if text:  # a token without text has to be seen together with the next
             self._before, self._after = self._after, []
             self._out = len(self._decode(self._before))
+        elif len(self._after) >= _LONGEST:  # but so many are names that have none
+            self._after = []
         return text
 
     def _decode(self, tokens: list[int]) -> str:

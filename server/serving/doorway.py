@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from collections.abc import Collection
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ...loopback import without_port
 from .metrics import Meters
 from .openai_errors import ApiError
 
@@ -56,8 +56,8 @@ class Doorway:
 
     def _check(self, scope: Scope) -> None:
         if self._hosts is not None:
-            host = _without_port(Headers(scope=scope).get("host", ""))
-            if host.lower() not in self._hosts:
+            host = without_port(Headers(scope=scope).get("host", ""))
+            if host not in self._hosts:
                 raise ApiError(421, f"{host[:80]!r} is not this server", close=True)
         if self.leaving and scope["path"] not in _ALWAYS:
             raise ApiError(503, "the server is ending", retry_after=1.0, close=True)
@@ -79,23 +79,3 @@ class DoorwayMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._doorway.handle(self._app, scope, receive, send)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens at a host."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def loopback_names(host: str) -> frozenset[str]:
-    """Under which names a server at a loopback host is reached."""
-    return frozenset(("localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host))
-
-
-def _without_port(host: str) -> str:
-    name, mark, port = host.rpartition(":")
-    return name if mark and port.isdecimal() else host

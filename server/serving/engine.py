@@ -145,8 +145,8 @@ class Engine(Closeable):
 
     def _check_length(self, job: Job) -> None:
         limit, wanted = self.max_length, len(job.prompt) + job.sampling.max_tokens
-        if not job.prompt or job.sampling.max_tokens < 1:
-            raise ServingError("a prompt and an answer have at least one token each")
+        if not job.prompt or job.sampling.max_tokens < 0:
+            raise ServingError("a prompt has at least one token, and an answer not fewer than none")
         if wanted > limit:
             raise TooLongError(
                 f"{len(job.prompt)} tokens of the prompt and {job.sampling.max_tokens} of the"

@@ -70,7 +70,7 @@ class Exchange:
         waiting = len(self._tickets)
         while waiting:
             index, event = await self._queue.get()
-            waiting -= not isinstance(event, Token)
+            waiting -= isinstance(event, Finished | Failed)
             yield index, event
 
     def cancel(self) -> None:
@@ -83,13 +83,19 @@ class Exchange:
         self._loop.call_soon_threadsafe(self._take, index, event, time.monotonic())
 
     def _take(self, index: int, event: Event, now: float) -> None:
-        if isinstance(event, Token):
-            self._time(index, now)
-        else:
-            self._open -= 1
-            self._meters.ended(_reason(event), now - self._began)
-            self._release_if_done()
         self._queue.put_nowait((index, event))
+        match event:
+            case Token():
+                self._time(index, now)
+            case Finished() | Failed():
+                self._end(event, now)
+
+    def _end(self, event: Finished | Failed, now: float) -> None:
+        self._open -= 1
+        self._meters.ended(_reason(event), now - self._began)
+        if isinstance(event, Finished) and event.queued is not None:
+            self._meters.queued.observe(event.queued)
+        self._release_if_done()
 
     def _time(self, index: int, now: float) -> None:
         if index in self._begun:

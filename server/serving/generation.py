@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -27,7 +28,7 @@ from .metrics import Meters
 from .openai_errors import ApiError, refusal
 from .openai_types import ChatRequest, CompletionRequest, parse
 from .request_body import read_json_body
-from .requests import Failed, Finished, Job, Token
+from .requests import Event, Failed, Finished, Job, PromptRead, Token
 from .served import Served
 from .stream import GoneError, send_events, sse_event, unless_gone
 from .tenants import Place, Tenants
@@ -36,6 +37,9 @@ from .vocabulary import Vocabulary
 log = logging.getLogger(__name__)
 
 VERSION_HEADER = "x-adapter-version"
+_OPENERS = 4
+"""Versions that are verified at once."""
+T = TypeVar("T")
 Asked = CompletionRequest | ChatRequest
 
 
@@ -56,6 +60,14 @@ class Front:
     """Bytes."""
     body_seconds: float = 30.0
     """In which a body has to come."""
+    openers: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(_OPENERS, "meadow-versions")
+    )
+
+    async def off_loop(self, look: Callable[[str], T], model: str) -> T:
+        """What may read a version from the disk: on threads of its own, so that whoever waits for
+        that holds up nobody else."""
+        return await asyncio.get_running_loop().run_in_executor(self.openers, look, model)
 
 
 class Generation(Response):
@@ -81,12 +93,14 @@ class Generation(Response):
         body = await read_json_body(request, front.largest_body, front.body_seconds)
         asked: Asked = parse(self._kind, body)
         place.take(asked.answers)
-        prompts = await asyncio.to_thread(front.prompts.of, asked)
-        lease = await asyncio.to_thread(front.catalogue.acquire, asked.model)
+        prompts, echoed = await asyncio.to_thread(self._read, asked)
+        lease = front.catalogue.ready(asked.model)
+        if lease is None:
+            lease = await front.off_loop(front.catalogue.acquire, asked.model)
         exchange = Exchange(front.engine, lease, front.meters)
         try:
             exchange.submit(self._jobs(asked, prompts, lease.model, key.id))
-            answer = self._shape(asked, prompts, lease.model)
+            answer = self._shape(asked, prompts, echoed, lease.model)
             headers = {VERSION_HEADER: str(lease.model)}
             if asked.stream:
                 lines = _lines(exchange, answer)
@@ -109,20 +123,34 @@ class Generation(Response):
             for sampling in asked.samplings(most - len(prompt))
         ]
 
-    def _shape(self, asked: Asked, prompts: Sequence[Sequence[int]], model: Served) -> Answer:
+    def _read(self, asked: Asked) -> tuple[list[list[int]], list[str]]:
+        """The prompts' tokens; and their texts, where they are to be repeated."""
+        prompts = self._front.prompts
+        repeated = asked.prompt if isinstance(asked, CompletionRequest) and asked.echo else []
+        return prompts.of(asked), [prompts.text(prompt) for prompt in repeated]
+
+    def _shape(
+        self,
+        asked: Asked,
+        prompts: Sequence[Sequence[int]],
+        echoed: Sequence[str],
+        model: Served,
+    ) -> Answer:
         vocabulary = self._front.vocabulary
         if isinstance(asked, ChatRequest):
             return ChatAnswer(asked, prompts, model, vocabulary)
-        echoed = [self._front.prompts.text(prompt) for prompt in asked.prompt if asked.echo]
         return CompletionAnswer(asked, prompts, model, vocabulary, echoed)
 
 
 async def _whole(exchange: Exchange, answer: Answer) -> dict[str, Any]:
     async for index, heard in exchange.events():
-        if isinstance(heard, Token):
-            answer.add(index, heard)
-        else:
-            answer.end(index, _ended(heard))
+        match heard:
+            case PromptRead():
+                answer.read(index, heard)
+            case Token():
+                answer.add(index, heard)
+            case Finished() | Failed():
+                answer.end(index, _ended(heard))
     return answer.whole()
 
 
@@ -132,17 +160,24 @@ async def _lines(exchange: Exchange, answer: Answer) -> AsyncGenerator[bytes, No
         yield sse_event(chunk)
     try:
         async for index, heard in exchange.events():
-            if isinstance(heard, Token):
-                chunks = answer.token_chunk(index, heard)
-            else:
-                chunks = [answer.end_chunk(index, _ended(heard))]
-            for chunk in chunks:
+            for chunk in _chunks(answer, index, heard):
                 yield sse_event(chunk)
     except ApiError as error:
         yield sse_event(error.body())
         return
     for chunk in answer.closing():
         yield sse_event(chunk)
+
+
+def _chunks(answer: Answer, index: int, heard: Event) -> list[dict[str, Any]]:
+    """Raises ApiError where it did not end well."""
+    match heard:
+        case PromptRead():
+            return [answer.read_chunk(index, heard)]
+        case Token():
+            return answer.token_chunk(index, heard)
+        case Finished() | Failed():
+            return [answer.end_chunk(index, _ended(heard))]
 
 
 def _ended(heard: Finished | Failed) -> Finished:

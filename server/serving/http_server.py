@@ -1,7 +1,8 @@
 """uvicorn on a socket of ours, and how it ends: what is under way is answered first.
 
 The first SIGTERM or SIGINT refuses what is new with 503 and waits for what is under way, at most
-`drain_seconds`; then the engine is closed, which ends the rest.  A second one does not wait.
+`drain_seconds`; then the engine is closed, which ends the rest, and whoever still does not read
+what it asked for is hung up on.  A second one does not wait.
 """
 
 from __future__ import annotations
@@ -58,12 +59,27 @@ class HttpServer(uvicorn.Server):
             if self._leaving is not None:
                 self._leaving.cancel()
             await asyncio.to_thread(self._front.engine.close)
+            self._front.openers.shutdown(wait=False, cancel_futures=True)
             await asyncio.sleep(0)  # what the engine said last is heard
         return not self.cut_short
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._opened()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, which would wait for ever for a client that does not read."""
+        waiting = self._loop.call_later(_REST_SECONDS, self._hang_up)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            waiting.cancel()
+
+    def _hang_up(self) -> None:
+        for connection in list(self.server_state.connections):
+            transport = getattr(connection, "transport", None)
+            if transport is not None:
+                transport.abort()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal has come."""

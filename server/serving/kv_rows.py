@@ -72,13 +72,13 @@ class KVRows:
         """How many more requests have room."""
         return sum(not row.busy for row in self.rows)
 
-    def take(self, owner: Owner, prompt: Sequence[int]) -> Row:
+    def take(self, owner: Owner, prompt: Sequence[int], *, reuse: bool = True) -> Row:
         """A row for a request; its `tokens` are those of the prompt that need no computing.
 
-        At least the prompt's last token does.  Some row must be free.
+        At least the prompt's last token does, and all do without `reuse`.  Some row must be free.
         """
         target = next(row for row in self.rows if not row.busy)
-        source, shared = self._longest(owner, prompt)
+        source, shared = self._longest(owner, prompt) if reuse else (None, 0)
         idle = [row for row in self.rows if not row.busy]
         row = source if source in idle else min(idle, key=lambda row: row.used)
         self._swap(row, target)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Literal
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from ...peft_adapters.serving_slots import Place
 from .detokenizer import Detokenizer, StopStrings
 from .kv_rows import Owner, Row
-from .requests import Event, Failed, Finished, Job, Token
+from .requests import Event, Failed, Finished, Job, PromptRead, Token
 from .sampler import Chooser, log_probabilities
 
 if TYPE_CHECKING:
@@ -36,12 +38,20 @@ class LiveRequest:
         self.place: Place | None = None  # of its adapter, while it runs
         self.cached = self.generated = 0
         self.reason = ""  # how it ended, once it has
+        self._arrived = time.monotonic()
+        self._queued: float | None = None  # seconds until it began
+        self._scored = [Token(job.prompt[0], "")]  # tokens of the prompt, where it is scored
         self.chooser = Chooser(job.sampling)
         self._last = -1  # the newest token, which is not computed yet
         self._ends = () if job.sampling.ignore_eos else ends
         self._on_event = on_event
         self._detokenizer = Detokenizer(tokenizer, job.prompt)
         self._stops = StopStrings(job.sampling.stop)
+
+    def begin(self, row: Row, place: Place | None) -> None:
+        """It has joined the batch: its row, and its adapter's slot."""
+        self.row, self.place, self.cached = row, place, len(row.tokens)
+        self._queued = time.monotonic() - self._arrived
 
     @property
     def owner(self) -> Owner:
@@ -75,6 +85,28 @@ class LiveRequest:
             return list(self.job.prompt[done : done + limit])
         return [self._last]
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether what follows each token of its prompt is asked for."""
+        return self.job.sampling.score_prompt
+
+    def score(self, logits: Tensor) -> bool:
+        """Report the prompt's tokens, once all are known, by what followed each of those that were
+        just read: logits (tokens, vocabulary).  False where those are no numbers."""
+        assert self.row is not None
+        first = len(self.row.tokens) - len(logits) + 1
+        tokens = self.job.prompt[first : first + len(logits)]
+        alternatives = self.job.sampling.logprobs or 0
+        for token, found in zip(
+            tokens, log_probabilities(logits[: len(tokens)], tokens, alternatives), strict=True
+        ):
+            if math.isnan(found[0]):
+                return False
+            self._scored.append(Token(token, "", *found))
+        if not self.unread:
+            self._tell(PromptRead(tuple(self._scored)))
+        return True
+
     def accept(self, token: int, logits: Tensor) -> bool:
         """Report a generated token; whether it was the last one, which is reported then too."""
         self._last, self.generated = token, self.generated + 1
@@ -83,13 +115,18 @@ class LiveRequest:
         logprob: float | None = None
         top: tuple[tuple[int, float], ...] = ()
         if self.job.sampling.logprobs is not None:
-            logprob, top = log_probabilities(logits, token, self.job.sampling.logprobs)
+            wanted = self.job.sampling.logprobs
+            ((logprob, top),) = log_probabilities(logits.unsqueeze(0), [token], wanted)
         self._tell(Token(token, text, logprob, top))
         if not (ended or self._stops.found or not self.remaining):
             return False
         rest = self._stops.add(self._detokenizer.rest()) + self._stops.rest()
         self._finish("stop" if ended or self._stops.found else "length", rest)
         return True
+
+    def end_unasked(self) -> None:
+        """Its prompt was to be read, and nothing to be generated."""
+        self._finish("length", "")
 
     def abort(self) -> None:
         self._finish("abort", "")
@@ -100,7 +137,8 @@ class LiveRequest:
 
     def _finish(self, reason: Literal["stop", "length", "abort"], text: str) -> None:
         self.reason = reason
-        self._tell(Finished(reason, text, self.input_length, self.cached, self.generated))
+        counts = self.input_length, self.cached, self.generated
+        self._tell(Finished(reason, text, *counts, self._queued))
 
     def _tell(self, event: Event) -> None:
         try:

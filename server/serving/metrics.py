@@ -19,6 +19,27 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5)
+_QUEUED = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.05,
+    0.1,
+    0.3,
+    0.5,
+    0.8,
+    1,
+    1.5,
+    2,
+    2.5,
+    5,
+    10,
+    20,
+    40,
+    60,
+    120,
+)
 _WHOLE = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 60, 120, 240, 480)
 
 
@@ -49,6 +70,7 @@ class Meters:
     def __init__(self) -> None:
         self.first_token = Histogram(_FIRST)
         self.between_tokens = Histogram(_BETWEEN)
+        self.queued = Histogram(_QUEUED)
         self.whole = Histogram(_WHOLE)
         self.finished: Counter[str] = Counter()
         self.answers: Counter[int] = Counter()
@@ -86,6 +108,7 @@ def _times(model: Mapping[str, str], meters: Meters) -> Iterator[str]:
     for name, about, histogram in (
         ("vllm:time_to_first_token_seconds", "From arrival.", meters.first_token),
         ("vllm:inter_token_latency_seconds", "From token to token.", meters.between_tokens),
+        ("vllm:request_queue_time_seconds", "From arrival to the batch.", meters.queued),
         ("vllm:e2e_request_latency_seconds", "From arrival to the end.", meters.whole),
     ):
         yield from _head(name, about, "histogram")

@@ -30,6 +30,7 @@ class Work:
     place: Place | None  # of its adapter; None: the base
     tokens: Sequence[int]
     last: bool = True  # whether what follows the last of them is asked for
+    every: bool = False  # whether what follows each of them is
 
 
 class ModelRunner(Closeable):
@@ -63,22 +64,26 @@ class ModelRunner(Closeable):
     def run(self, decode: Sequence[Work], prompts: Sequence[Work]) -> tuple[list[Work], Tensor]:
         """Compute these tokens; what asked for it, and its next tokens' logits, (n, vocabulary).
 
-        Each row may be in one work.  Logits are float32 and in the works' returned order.
+        Each row may be in one work.  Logits are float32 and in the works' returned order, where a
+        work comes once for each of its tokens after which they are asked for.
         """
         segments = [Segment(work.place, len(work.tokens)) for work in prompts]
         order = self.slots.compose([work.place for work in decode], segments)
         works = [decode[index] for index in order.decode]
         works += [prompts[index] for index in order.segments]
         step = self._step(works[: len(decode)], works[len(decode) :])
-        keep, end = [], -1
+        keep: list[int] = []
+        asked: list[Work] = []
+        end = 0
         for work in works:
             end += len(work.tokens)
-            if work.last:
-                keep.append(end)
+            count = len(work.tokens) if work.every else int(work.last)
+            keep += range(end - count, end)
+            asked += [work] * count
         logits = self._forward([token for work in works for token in work.tokens], step, keep)
         for work in works:
             work.row.tokens += work.tokens
-        return [work for work in works if work.last], logits
+        return asked, logits
 
     def close(self) -> None:
         """Give the base its own layers and attention back."""

@@ -2,88 +2,146 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ...closeable import Closeable
-from ...errors import AdapterError
+from ...errors import AdapterError, MeadowError
 from ...peft_adapters.adapter_reader import Adapter
 from ...peft_adapters.blueprint import Blueprint
 from ..registry import Registry, Version
 from ..registry_opened import Opened
+
+_LOG = logging.getLogger(__name__)
+_TURNS = 16
+
+
+class Key(NamedTuple):
+    """What is open: a version's own name ("name@v7"), and the id of its content, which a registry
+    that was put in another's place may give the same name."""
+
+    name: str
+    id: str
+
+
+def key_of(version: Version) -> Key:
+    return Key(str(version), version.id)
 
 
 @dataclass
 class _Entry:
     opened: Opened
     references: int = 0
+    doubted: bool = False
 
 
 class OpenVersions(Closeable):
-    """By the version's own name ("name@v7").  A version is verified when it is opened, and again
-    after nobody used it for a while."""
+    """A version is verified when it is opened, again after nobody used it for a while, and again
+    once it is doubted."""
 
     def __init__(self, registry: Registry, blueprint: Blueprint) -> None:
         self._registry, self._blueprint = registry, blueprint
-        self._entries: dict[str, _Entry] = {}
-        self._kept: frozenset[str] = frozenset()
+        self._entries: dict[Key, _Entry] = {}
+        self._kept: frozenset[Key] = frozenset()
+        self._doubts = 0  # how often all were doubted
         self._guard = threading.Lock()
+        self._turns = [threading.Lock() for _ in range(_TURNS)]
 
     def take(self, version: Version) -> None:
         """Refer to a version, which is verified now if it is not open.
 
-        Raises AdapterError, FormatError or IdentityError where it does not verify, StorageError
-        where the registry cannot be read.
+        Of several threads that ask for one at once the first verifies it.  Raises AdapterError,
+        FormatError or IdentityError where it does not verify, StorageError where the registry
+        cannot be read.
         """
-        name = str(version)
-        if self._took(name):
+        key = key_of(version)
+        if self.took(version):
             return
-        opened = self._registry.lease(version, self._blueprint)  # outside the lock: it reads files
-        with self._guard:
-            entry = self._entries.setdefault(name, _Entry(opened))
-            entry.references += 1
-        if entry.opened is not opened:
-            opened.close()  # another thread was quicker
+        with self._turns[hash(key) % _TURNS]:
+            if not self.took(version):
+                self._open(key, version)
 
-    def give(self, version: str) -> None:
+    def took(self, version: Version) -> bool:
+        """Refer to a version if it is open and not doubted; whether it is.  Waits for no disk."""
+        with self._guard:
+            entry = self._entries.get(key_of(version))
+            if entry is None or entry.doubted:
+                return False
+            entry.references += 1
+            return True
+
+    def give(self, version: Version) -> None:
         """Refer to it no more."""
         with self._guard:
-            if entry := self._entries.get(version):
+            if entry := self._entries.get(key_of(version)):
                 entry.references -= 1
-            self._close_unused()
+            unused = self._unused()
+        _close(unused)
 
-    def keep(self, versions: Collection[str]) -> None:
+    def keep(self, versions: Iterable[Version]) -> None:
         """Let these stay open, whether referred to or not, and no others."""
         with self._guard:
-            self._kept = frozenset(versions)
-            self._close_unused()
+            self._kept = frozenset(map(key_of, versions))
+            unused = self._unused()
+        _close(unused)
 
-    def read(self, version: str) -> Adapter:
+    def doubt(self) -> None:
+        """Verify each again before anybody else uses it: trust was withdrawn from a key, or the
+        registry is another."""
+        with self._guard:
+            self._doubts += 1
+            for entry in self._entries.values():
+                entry.doubted = True
+
+    def read(self, key: Key) -> Adapter:
         """The weights of an open version, from the bytes that were verified.
 
         Raises AdapterError where they were changed since, or nobody uses it any more.
         """
         with self._guard:
-            entry = self._entries.get(version)
+            entry = self._entries.get(key)
         if entry is None:
-            raise AdapterError(f"{version} is no longer in use")
-        return entry.opened.read()
+            raise AdapterError(f"{key.name} is no longer in use")
+        try:
+            return entry.opened.read()
+        except AdapterError:
+            entry.doubted = True  # who asks next finds out what is there now
+            raise
 
     def close(self) -> None:
         with self._guard:
-            for entry in self._entries.values():
-                entry.opened.close()
+            left = [entry.opened for entry in self._entries.values()]
             self._entries.clear()
+        _close(left)
 
-    def _took(self, name: str) -> bool:
+    def _open(self, key: Key, version: Version) -> None:
+        doubts = self._doubts
+        opened = self._registry.lease(version, self._blueprint)  # outside the lock: it reads files
         with self._guard:
-            entry = self._entries.get(name)
-            if entry is not None:
-                entry.references += 1
-            return entry is not None
+            entry = self._entries.setdefault(key, _Entry(opened))
+            before, entry.opened = entry.opened, opened  # it was doubted, and others still use it
+            entry.doubted = self._doubts != doubts
+            entry.references += 1
+        _close([before] if before is not opened else [])
 
-    def _close_unused(self) -> None:
-        for name, entry in list(self._entries.items()):
-            if not entry.references and name not in self._kept:
-                self._entries.pop(name).opened.close()
+    def _unused(self) -> list[Opened]:
+        """Take out what nobody refers to and is not to be kept."""
+        unused = [
+            key
+            for key, entry in self._entries.items()
+            if not entry.references and key not in self._kept
+        ]
+        return [self._entries.pop(key).opened for key in unused]
+
+
+def _close(unused: Iterable[Opened]) -> None:
+    """Who gives a version back has its answer, whatever the disk says of the note about it: that
+    one is void once this process has ended."""
+    for opened in unused:
+        try:
+            opened.close()
+        except MeadowError as error:
+            _LOG.warning("%s is still noted as in use: %s", opened.version, error)

@@ -11,6 +11,7 @@ from ...errors import (
     AdapterError,
     FormatError,
     IdentityError,
+    JournalError,
     MeadowError,
     OverloadedError,
     RegistryError,
@@ -34,6 +35,10 @@ _TYPES = {
     500: "InternalServerError",
     503: "ServiceUnavailableError",
 }
+_NOT_NOW = (
+    RegistryError, AdapterError, FormatError, IdentityError, JournalError, StorageError,
+)  # fmt: skip
+"""What is wrong with a version or its registry."""
 _CHALLENGE = {"WWW-Authenticate": "Bearer"}
 _LONGEST = 600  # characters of a message: it may quote what was asked
 
@@ -83,6 +88,6 @@ def refusal(error: MeadowError) -> ApiError:
         return ApiError(429, str(error), retry_after=max(1.0, error.retry_after))
     if isinstance(error, StoppedError):
         return ApiError(503, "the server is ending", retry_after=1.0, close=True)
-    if isinstance(error, (RegistryError, AdapterError, FormatError, IdentityError, StorageError)):
+    if isinstance(error, _NOT_NOW):
         return ApiError(503, "this model cannot be loaded now; the server's log says why", "model")
     return ApiError(500, "the server could not answer; its log says why")

@@ -93,6 +93,7 @@ class _Body(BaseModel):
 
 class StreamOptions(_Body):
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class Message(_Body):
@@ -139,6 +140,11 @@ class _Request(_Body):
         """How many are asked for."""
         return self.n
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log probabilities of the prompt's own tokens are asked for."""
+        return False
+
     def length(self, room: int) -> int:
         """Tokens to generate at most, where the context has `room` for so many more."""
         raise NotImplementedError
@@ -156,6 +162,7 @@ class _Request(_Body):
                 stop=tuple(self.stop),
                 logprobs=self.alternatives,
                 ignore_eos=self.ignore_eos,
+                score_prompt=self.scores_prompt,
             )
             for choice in range(self.n)
         ]
@@ -165,7 +172,7 @@ class CompletionRequest(_Request):
     """The body of /v1/completions."""
 
     prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
-    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_tokens: int | None = Field(None, ge=0, lt=2**31)
     logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
     echo: bool = False
     best_of: int | None = None
@@ -174,8 +181,8 @@ class CompletionRequest(_Request):
     def _is_supported(self) -> CompletionRequest:
         if self.best_of not in (None, self.n):
             raise ValueError("best_of: not supported, unless it equals n")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo: not supported together with logprobs")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 would say nothing, unless with echo = true")
         if self.answers > MOST_CHOICES:
             raise ValueError(f"prompt: prompts times n, at most {MOST_CHOICES}")
         return self
@@ -188,8 +195,14 @@ class CompletionRequest(_Request):
     def answers(self) -> int:
         return len(self.prompt) * self.n
 
+    @property
+    def scores_prompt(self) -> bool:
+        return self.echo and self.logprobs is not None
+
     def length(self, room: int) -> int:
-        return self.max_tokens or max(1, min(_COMPLETION_TOKENS, room))
+        if self.max_tokens is not None:
+            return self.max_tokens
+        return max(1, min(_COMPLETION_TOKENS, room))
 
 
 class ChatRequest(_Request):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from .served import Served
@@ -12,7 +12,7 @@ from .served import Served
 class Sampling:
     """How a request's tokens are chosen; `temperature` 0 takes the likeliest."""
 
-    max_tokens: int
+    max_tokens: int  # 0: only the prompt is read
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: all
@@ -21,6 +21,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None  # how many alternatives to report; None: no log probabilities
     ignore_eos: bool = False
+    score_prompt: bool = False  # log probabilities of the prompt's own tokens, too
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class Token:
 
 
 @dataclass(frozen=True)
+class PromptRead:
+    """Comes before the first `Token` where the prompt is scored: its own tokens, without text.
+    What nothing comes before has no log probability."""
+
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True)
 class Finished:
     """The last event of a request that was served; `text` was held back and may be shown."""
 
@@ -56,6 +65,8 @@ class Finished:
     prompt_tokens: int
     cached_tokens: int  # of the prompt, whose keys and values were there already
     completion_tokens: int
+    queued: float | None = field(default=None, compare=False)
+    """Seconds from its arrival until it joined the batch; None where it never did."""
 
 
 @dataclass(frozen=True)
@@ -65,4 +76,4 @@ class Failed:
     error: str
 
 
-Event = Token | Finished | Failed
+Event = PromptRead | Token | Finished | Failed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from transformers import (
 from .requests import Sampling
 
 _SEEDS = 2**63
+_COLDEST = 1e-5
+"""A temperature at which the likeliest token is as good as certain.  Quotients by much less leave
+float32's range."""
 
 
 class Chooser:
@@ -31,8 +34,12 @@ class Chooser:
             self._filters = _filters(sampling)
 
     def draw(self, logits: Tensor) -> int:
-        """One token from float32 logits (vocabulary)."""
-        filtered = self._filters(torch.empty(0), logits.cpu().unsqueeze(0))
+        """One token from float32 logits (vocabulary), of which the highest is finite.
+
+        That is made 0 first, so that whatever the temperature some probability is left.
+        """
+        own = logits.cpu()
+        filtered = self._filters(torch.empty(0), (own - own.max()).unsqueeze(0))
         drawn = torch.multinomial(filtered.softmax(-1), 1, generator=self._random)
         return int(drawn)
 
@@ -48,19 +55,23 @@ def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[int | None]:
 
 
 def log_probabilities(
-    logits: Tensor, token: int, alternatives: int
-) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """The token's log probability, and the likeliest tokens with theirs."""
-    found = logits.log_softmax(-1)
-    values, tokens = found.topk(min(alternatives, len(found)))
-    return float(found[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+    logits: Tensor, tokens: Sequence[int], alternatives: int
+) -> Iterator[tuple[float, tuple[tuple[int, float], ...]]]:
+    """Of each row of logits (n, vocabulary) its token's log probability, and the likeliest tokens
+    with theirs."""
+    total = logits.logsumexp(-1, keepdim=True)
+    own = logits.gather(-1, torch.tensor(tokens, device=logits.device).unsqueeze(-1)) - total
+    values, likeliest = logits.topk(min(alternatives, logits.shape[-1]))
+    rows = own[:, 0].tolist(), likeliest.tolist(), (values - total).tolist()
+    for found, ids, others in zip(*rows, strict=True):
+        yield found, tuple(zip(ids, others, strict=True))
 
 
 def _filters(sampling: Sampling) -> LogitsProcessorList:
     """transformers' own, in the order in which `generate` applies them."""
     filters = LogitsProcessorList()
     if sampling.temperature != 1:
-        filters.append(TemperatureLogitsWarper(sampling.temperature))
+        filters.append(TemperatureLogitsWarper(max(sampling.temperature, _COLDEST)))
     if sampling.top_k:
         filters.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:

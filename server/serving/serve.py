@@ -16,12 +16,13 @@ from pathlib import Path
 
 from ...errors import ConfigError
 from ...identity import own_identity
+from ...loopback import is_loopback, loopback_names
 from ...peft_adapters.base_model import ALL_LINEAR, NANO, Base, load_base, sites
 from ...peft_adapters.blueprint import Blueprint
 from ..registry import Registry, default_folder
 from .catalogue import Catalogue
 from .chat_prompt import Prompts
-from .doorway import Doorway, is_loopback, loopback_names
+from .doorway import Doorway
 from .engine import Engine, EngineOptions
 from .generation import Front
 from .http_server import HttpServer

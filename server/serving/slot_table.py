@@ -58,6 +58,11 @@ class SlotTable:
         """Refer to it no more; it stays until its slot is needed."""
         self._entries[digest].references -= 1
 
+    def drop(self, digest: str) -> None:
+        """Its new slot could not be filled, and is free again."""
+        place = self._entries.pop(digest).place
+        self._free_of(place.rank).append(place.slot)
+
     def pin(self, digest: str, pinned: bool = True) -> None:
         """Keep an adapter in its slot, whoever uses it; does nothing for one in none."""
         if entry := self._entries.get(digest):

@@ -32,6 +32,7 @@ class Vocabulary:
         self._kinds = _decoder_kinds(tokenizer)
         self._alphabet = {letter: byte for byte, letter in _byte_letters().items()}
         self._known: dict[int, Piece] = {}
+        self._hidden = {id for id, t in tokenizer.added_tokens_decoder.items() if t.special}
 
     def piece(self, id: int) -> Piece:
         if id not in self._known:
@@ -40,10 +41,14 @@ class Vocabulary:
             self._known[id] = nameless if name is None else _piece(self._bytes(id, name))
         return self._known[id]
 
+    def shown(self, id: int) -> bytes:
+        """What a token adds to a text: its bytes, or nothing where texts leave it out."""
+        return b"" if id in self._hidden else self.piece(id).bytes
+
     def _bytes(self, id: int, name: str) -> bytes:
         if id in self._added:
             return name.encode()
-        if "ByteLevel" in self._kinds:
+        if "ByteLevel" in self._kinds and all(letter in self._alphabet for letter in name):
             return bytes(self._alphabet[letter] for letter in name)
         if "ByteFallback" in self._kinds and (found := _FALLBACK.fullmatch(name)):
             return bytes([int(found[1], 16)])

@@ -27,7 +27,7 @@ from meadow.server.serving.doorway import Doorway
 from meadow.server.serving.engine import AdapterLoad, Stats
 from meadow.server.serving.generation import Front
 from meadow.server.serving.metrics import Meters
-from meadow.server.serving.requests import Event, Failed, Finished, Job, Token
+from meadow.server.serving.requests import Event, Failed, Finished, Job, PromptRead, Token
 from meadow.server.serving.served import Served
 from meadow.server.serving.tenants import Tenants
 from meadow.server.serving.vocabulary import Vocabulary
@@ -43,13 +43,16 @@ Script = Callable[[Job], Iterator[Event]]
 def spelled(job: Job) -> Iterator[Event]:
     """The alphabet from the seed's letter on, as long as it may be, with made-up probabilities."""
     at = (job.sampling.seed or 0) % 26
+    if job.sampling.score_prompt:
+        first, *rest = job.prompt
+        yield PromptRead((Token(first, ""), *(Token(id, "", -0.5, ((id, -0.5),)) for id in rest)))
     for step in range(job.sampling.max_tokens):
         id = LETTERS[(at + step) % 26]
         other = LETTERS[(at + step + 1) % 26]
         wanted = job.sampling.logprobs
         top = ((id, -0.25), (other, -1.5))[: wanted or 0]
         yield Token(id, chr(ord("a") + id - 2), None if wanted is None else -0.25, top)
-    yield Finished("length", "", len(job.prompt), 1, job.sampling.max_tokens)
+    yield Finished("length", "", len(job.prompt), 1, job.sampling.max_tokens, 0.25)
 
 
 class ScriptedTicket:
@@ -150,6 +153,9 @@ class ScriptedCatalogue:
         lease = ScriptedLease(self.models[model])
         self.leases.append(lease)
         return lease
+
+    def ready(self, model: str) -> ScriptedLease | None:
+        return self.acquire(model) if model in ("tiny", "news") else None
 
     def cards(self) -> list[Card]:
         news = Card("news", "tiny", NEWS.version, NEWS.digest, 1_800_000_000)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +96,7 @@ async def staged(
     wanted: Sequence[str] = ("mail",),
     canaries: Sequence[Canary] = (),
     keys: Sequence[str] = (),
+    hosts: Collection[str] | None = None,
     drain: float = 10.0,
     patience: float = 5.0,
 ) -> AsyncIterator[Stage]:
@@ -115,7 +116,7 @@ async def staged(
         stage = Stage(root, fakes, registry, session, make)
         stack.push_async_callback(stage.close)
         runner = web.AppRunner(
-            ModelGateway(stage.routes, keys).application(),
+            ModelGateway(stage.routes, keys, hosts).application(),
             access_log=None,
             handler_cancellation=True,
             shutdown_timeout=0.1,

@@ -486,3 +486,26 @@ def test_the_clock_is_the_callers(tmp_path: Path) -> None:
         clock.now += 5
         registry.promote("mail@v1")
         assert [entry.time for entry in registry.history("mail")] == [NOON, NOON + 5]
+
+
+def test_a_registry_goes_on_with_the_copy_that_lies_in_its_place(tmp_path: Path) -> None:
+    with open_registry(tmp_path) as registry:
+        publish(registry, 1)
+        with registry.lease("mail@v1"):
+            assert not registry.is_replaced
+            before = registry.fingerprint()
+            registry.folder.rename(tmp_path / "away")
+            assert not registry.is_replaced
+            with pytest.raises(StorageError):
+                registry.reopen()
+            shutil.copytree(tmp_path / "away", registry.folder)
+            shutil.rmtree(registry.folder / "leases")  # which a backup need not have
+            assert registry.is_replaced and registry.fingerprint() != before
+            registry.reopen()
+            assert not registry.is_replaced and numbers_of(registry) == [1]
+            publish(registry, 2)
+            with open_registry(tmp_path) as other:
+                assert numbers_of(other) == [1, 2]
+                assert other._leases.held() == {adapter(1).id}
+        with open_registry(tmp_path) as other:
+            assert other._leases.held() == set()

@@ -117,3 +117,19 @@ def test_what_may_begin_a_stop_string_is_held_back() -> None:
 @pytest.mark.parametrize("stops", [[], [""]])
 def test_without_stop_strings_nothing_is_held(stops: list[str]) -> None:
     assert StopStrings(stops).add("abc") == "abc"
+
+
+def test_tokens_without_text_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would be decoded again with every token after it."""
+    tokenizer, read = words_tokenizer(), list[int]()
+    tokens = [1, *[0] * 500, 2, 3]
+    detokenizer = Detokenizer(tokenizer, [])
+    own = detokenizer._decode
+
+    def decode(these: list[int]) -> str:
+        read.append(len(these))
+        return own(these)
+
+    monkeypatch.setattr(detokenizer, "_decode", decode)
+    assert "".join(map(detokenizer.add, tokens)) == tokenizer.decode([1, 2, 3]) == "a dogs"
+    assert max(read) < 30

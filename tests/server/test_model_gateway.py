@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from registries import adapter
 from vllm_stage import Stage, name_of, said_by, staged
 
+from meadow.loopback import loopback_names
 from meadow.server.model_gateway import LARGEST_BODY, VERSION_HEADER, is_path
 from meadow.server.registry_names import adapter_name, alias_name
 
 Play = Callable[[Stage], Awaitable[None]]
+JSON = {"Content-Type": "application/json"}
 
 
 def play(root: Path, scene: Play, **options: Any) -> None:
@@ -207,7 +209,7 @@ def test_models_that_are_none(
 def test_bodies_that_are_none(tmp_path: Path, data: bytes, status: int) -> None:
     async def scene(stage: Stage) -> None:
         async with stage.session.post(
-            f"{stage.gateway}/v1/completions", data=io.BytesIO(data)
+            f"{stage.gateway}/v1/completions", data=io.BytesIO(data), headers=JSON
         ) as answer:
             assert answer.status == status
             assert (await answer.json())["error"]["code"] == status
@@ -218,7 +220,8 @@ def test_bodies_that_are_none(tmp_path: Path, data: bytes, status: int) -> None:
 def test_a_second_model_in_one_body_smuggles_nothing(tmp_path: Path) -> None:
     async def scene(stage: Stage) -> None:
         data = b'{"model": "/etc/passwd", "prompt": "hi", "model": "mail", "max_tokens": 1}'
-        async with stage.session.post(f"{stage.gateway}/v1/completions", data=data) as answer:
+        where = f"{stage.gateway}/v1/completions"
+        async with stage.session.post(where, data=data, headers=JSON) as answer:
             assert answer.status == 200
         asked = [body for server in stage.servers for _, _, body in server.log if body]
         assert {body["model"] for body in asked if "prompt" in body} == {name_of(1)}
@@ -332,3 +335,27 @@ def test_an_answer_that_breaks_off_is_no_whole_answer(tmp_path: Path) -> None:
             await running
 
     play(tmp_path, scene, servers=1)
+
+
+# --- web pages -----------------------------------------------------------------------------------
+
+
+def test_a_web_page_cannot_ask_by_a_name_or_a_kind_of_its_own(tmp_path: Path) -> None:
+    """Of a gateway without keys on loopback: neither unasked (CSRF), nor by DNS rebinding."""
+
+    async def scene(stage: Stage) -> None:
+        before = [len(server.log) for server in stage.servers]
+        for kind in ("text/plain", "application/x-www-form-urlencoded"):
+            stage.headers = {"Content-Type": kind}
+            status, _, answer = await stage.ask()
+            assert (status, answer["error"]["type"]) == (415, "UnsupportedMediaTypeError")
+        for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", ""):
+            stage.headers = {"Host": host}
+            status, _, answer = await stage.ask()
+            assert (status, answer["error"]["type"]) == (421, "MisdirectedRequestError")
+        assert [len(server.log) for server in stage.servers] == before
+        for host in ("localhost:99", "127.0.0.1", "LOCALHOST"):
+            stage.headers = {"Host": host}
+            assert (await stage.ask())[0] == 200
+
+    play(tmp_path, scene, hosts=loopback_names("127.0.0.1"))

@@ -97,7 +97,10 @@ def test_what_changes_nothing_is_taken_and_what_would_is_refused() -> None:
     assert refused(messages=CHAT["messages"], tools=[{"type": "function"}]).param == "tools"
     assert completion(n=2, best_of=2).n == 2
     assert refused(best_of=2).message == "best_of: not supported, unless it equals n"
-    assert refused(echo=True, logprobs=1).param == "echo"
+    assert completion(echo=True, logprobs=1).samplings(9)[0].score_prompt
+    assert not completion(echo=True).samplings(9)[0].score_prompt
+    assert completion(echo=True, max_tokens=0).samplings(9)[0].max_tokens == 0
+    assert chat(stream=True, stream_options={"include_obfuscation": False}).stream
 
 
 def test_an_unknown_key_is_refused_with_the_nearest() -> None:
@@ -129,6 +132,8 @@ def test_an_unknown_key_is_refused_with_the_nearest() -> None:
         ({"stop": {"a": 1}}, "stop"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}},
+         "stream_options.include_obfuscation"),
         ({"prompt": ["a"] * 65, "n": 2}, "prompt"),
         ({"model": ""}, "model"),
         ({"model": "m" * 257}, "model"),

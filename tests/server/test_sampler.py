@@ -63,3 +63,14 @@ def test_rows_without_numbers_give_no_token_and_spoil_no_other(
     logits[1, 2] = bad
     choosers = [Chooser(Sampling(1, temperature=temperature, top_k=1)) for _ in range(3)]
     assert choose(logits, choosers) == [0, None, 0]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e38])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-9, 0.5, 2.0])
+def test_whatever_the_temperature_and_the_logits_there_is_a_token(
+    temperature: float, scale: float
+) -> None:
+    """Quotients beyond float32's range would leave no probabilities to draw from."""
+    sampling = Sampling(1, temperature=temperature, top_p=0.9, top_k=3, min_p=0.01, seed=1)
+    (token,) = choose((LOGITS * scale).unsqueeze(0), [Chooser(sampling)])
+    assert token in ({0} if temperature < 0.1 or scale > 1 else {0, 1, 2})

@@ -190,6 +190,33 @@ def test_the_official_client(stage: tuple[ServedRegistry, Server]) -> None:
         assert chat.choices[0].logprobs is not None
 
 
+def test_a_prompts_tokens_have_the_probabilities_with_which_they_were_drawn(
+    stage: tuple[ServedRegistry, Server],
+) -> None:
+    """By the official client, as evaluation harnesses ask: an answer scored as a prompt."""
+    _, server = stage
+    with OpenAI(base_url=server.url, api_key="none", timeout=PATIENCE) as client:
+        asked: dict[str, Any] = {"model": "news", "logprobs": 1}
+        extra = {"ignore_eos": True, "return_token_ids": True}
+        said = client.completions.create(
+            **asked, prompt=[IDS], max_tokens=12, temperature=1.0, seed=3, extra_body=extra
+        ).choices[0]
+        drawn = said.to_dict()["token_ids"]
+        assert isinstance(drawn, list) and said.logprobs is not None
+        scored = client.completions.create(
+            **asked, prompt=[[*IDS, *drawn]], max_tokens=0, echo=True
+        )
+        found = scored.choices[0].logprobs
+        assert found is not None and found.token_logprobs is not None
+        assert said.logprobs.token_logprobs is not None
+        assert found.token_logprobs[0] is None and len(found.token_logprobs) == len(IDS) + 12
+        assert found.token_logprobs[len(IDS) :] == pytest.approx(
+            said.logprobs.token_logprobs, abs=1e-4
+        )
+        assert found.tokens is not None and found.tokens[len(IDS) :] == said.logprobs.tokens
+        assert scored.usage is not None and scored.usage.completion_tokens == 0
+
+
 def test_stop_strings_and_lengths(stage: tuple[ServedRegistry, Server]) -> None:
     _, server = stage
     whole = ask(server, "base", max_tokens=20, ignore_eos=True)["choices"][0]["text"]

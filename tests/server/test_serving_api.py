@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from loopback_server import Server
 from scripted_serving import NEWS, failing, scripted_front, served
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
+from meadow.loopback import is_loopback, loopback_names
 from meadow.server.serving.api_keys import add_key
-from meadow.server.serving.doorway import is_loopback, loopback_names
 from meadow.server.serving.requests import Event, Finished, Job, Token
 
 COMPLETION = {"model": "news", "prompt": "say b"}
@@ -369,3 +371,54 @@ def test_a_defect_is_500_in_the_same_shape() -> None:
     with served(front) as server:
         reply = server.ask("/v1/completions", COMPLETION)
         assert reply.status == 500 and reply.error["type"] == "InternalServerError"
+
+
+def test_a_keys_rate_counts_whatever_it_asks_for(keyed: tuple[Server, dict[str, str]]) -> None:
+    """To be told of a version is to have it verified."""
+    server, keys = keyed
+    path = server.front.tenants._path
+    assert path is not None
+    key = add_key(path, "curious", ["inference"], per_minute=2)
+    told = [server.ask(f"/v1/models{more}", key=key) for more in ("", "/news@v7", "/news", "")]
+    assert [reply.status for reply in told] == [200, 200, 429, 429]
+    assert keys
+
+
+def test_a_prompts_own_probabilities_are_echoed(server: Server) -> None:
+    asked = {"prompt": "say b", "echo": True, "logprobs": 1, "max_tokens": 1, "n": 2, "seed": 0}
+    for choice, said in zip(complete(server, **asked)["choices"], "ab", strict=True):
+        assert choice["text"] == "say b" + said and "token_ids" not in choice
+        assert choice["logprobs"] == {
+            "tokens": ["<s>", "s", "a", "y", " ", "b", said],
+            "token_logprobs": [None, *[-0.5] * 5, -0.25],
+            "top_logprobs": [None, *({letter: -0.5} for letter in "say b"), {said: -0.25}],
+            "text_offset": [0, 0, 1, 2, 3, 4, 5],
+        }
+    events = complete(server, **asked, stream=True, return_token_ids=True)
+    own = [event["choices"][0] for event in events if event["choices"][0]["index"] == 0]
+    assert [choice["text"] for choice in own] == ["say b", "a", ""]
+    assert own[0]["logprobs"]["tokens"] == ["<s>", "s", "a", "y", " ", "b"]
+    assert own[0]["prompt_token_ids"] == [0, 20, 2, 26, 28, 3] and own[0]["token_ids"] == []
+    assert own[1]["logprobs"]["text_offset"] == [5] and own[1]["token_ids"] == [2]
+
+
+def test_a_prompt_can_be_scored_and_nothing_generated(server: Server) -> None:
+    told = complete(server, echo=True, logprobs=0, max_tokens=0)
+    assert told["choices"][0]["text"] == "say b" and told["usage"]["completion_tokens"] == 0
+    assert told["choices"][0]["logprobs"]["token_logprobs"] == [None, *[-0.5] * 5]
+    assert told["choices"][0]["finish_reason"] == "length"
+    assert complete(server, echo=True, max_tokens=0)["choices"][0]["logprobs"] is None
+
+
+def test_offsets_are_places_in_the_text_that_is_echoed() -> None:
+    """Of which a first token's space is no part."""
+    words = {"<unk>": 0, "\u2581a": 1, "\u2581dog": 2, "s": 3}
+    own = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    own.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, unk_token="<unk>")
+    with served(scripted_front(words=tokenizer)) as server:
+        asked = {"prompt": [[1, 0, 2, 3]], "echo": True, "logprobs": 0, "max_tokens": 1}
+        (choice,) = complete(server, **asked)["choices"]
+    assert choice["text"].startswith("a dogs")
+    assert choice["logprobs"]["tokens"] == [" a", "<unk>", " dog", "s", " dog"]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 1, 5, 6]

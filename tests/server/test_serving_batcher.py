@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -25,8 +26,10 @@ from served_models import (
     tokens_of,
 )
 
+from meadow.peft_adapters import serving_slots
+from meadow.peft_adapters.slot_group import SlotGroup
 from meadow.server.serving.model_runner import ModelRunner
-from meadow.server.serving.requests import Failed, Finished, Sampling, Token
+from meadow.server.serving.requests import Failed, Finished, PromptRead, Sampling, Token
 
 PROMPTS = st.lists(st.integers(2, 30), min_size=1, max_size=30)
 
@@ -290,3 +293,112 @@ def test_rows_are_as_long_as_said(runner: ModelRunner) -> None:
     _, events = desk.ask([4] * (LENGTH - 3), Sampling(3, temperature=0, ignore_eos=True), 1)
     desk.finish()
     assert len(tokens_of(events)) == 3
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    prompt=st.lists(st.integers(2, 30), min_size=1, max_size=30),
+    neighbours=st.lists(st.tuples(PROMPTS, st.integers(0, 4)), max_size=3),
+    prefill_tokens=st.integers(1, 40),
+    model=st.integers(0, 3),
+    count=st.integers(0, 3),
+)
+def test_a_prompts_own_log_probabilities_are_the_models(
+    runner: ModelRunner, prompt: list[int], neighbours: list[Any], prefill_tokens: int,
+    model: int, count: int,
+) -> None:  # fmt: skip
+    """In whatever parts it is read, and also where its beginning is known already."""
+    desk = Desk(runner, prefill_tokens=prefill_tokens)
+    sampling = Sampling(count, temperature=0, ignore_eos=True, logprobs=2, score_prompt=True)
+    with torch.no_grad():
+        ids = torch.tensor([prompt])
+        expected = peft_model(model)(input_ids=ids).logits[0].log_softmax(-1)
+    for _ in range(2):
+        for other, another in neighbours:
+            desk.ask(other, Sampling(4, temperature=0), another)
+        _, events = desk.ask(prompt, sampling, model)
+        desk.finish()
+        read, *tokens, last = events
+        assert isinstance(read, PromptRead) and [token.id for token in read.tokens] == prompt
+        assert read.tokens[0] == Token(prompt[0], "")
+        for at, token in enumerate(read.tokens[1:]):
+            assert token.logprob == pytest.approx(float(expected[at, token.id]), abs=1e-4)
+            assert [p for _, p in token.top] == pytest.approx(
+                expected[at].topk(2).values.tolist(), abs=1e-4
+            )
+        assert len(tokens) == count and isinstance(last, Finished)
+        assert (last.reason, last.cached_tokens, last.completion_tokens) == ("length", 0, count)
+    assert tokens_of(tokens) == reference_without_end(tuple(prompt), model, count)
+
+
+def reference_without_end(prompt: tuple[int, ...], model: int, count: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    for _ in range(count):
+        with torch.no_grad():
+            ids = torch.cat([ids, peft_model(model)(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+    found: list[int] = ids[0, len(prompt) :].tolist()
+    return found
+
+
+def test_where_there_is_no_memory_for_a_rank_its_requests_fail_alone(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    desk, own = Desk(runner), SlotGroup
+
+    def group(sites: Any, rank: int, *more: Any) -> Any:
+        if rank == 64:
+            raise RuntimeError("out of memory")
+        return own(sites, rank, *more)
+
+    monkeypatch.setattr(serving_slots, "SlotGroup", group)
+    monkeypatch.setattr(runner.slots, "groups", {})
+    told = [desk.ask([3, 4], Sampling(4, temperature=0), model)[1] for model in (1, 2, 1, 0)]
+    desk.batcher.warmed(model_of(5))  # of rank 64, too
+    desk.finish()
+    kinds = [type(events[-1]).__name__ for events in told]
+    assert kinds == ["Failed", "Finished", "Failed", "Finished"]
+    assert "no memory for 4 slots of rank 64" in str(told[0][-1])
+    assert not any(desk.cache.held.values()) and not desk.batcher.running
+    assert "no memory" in caplog.text
+    monkeypatch.undo()
+    _, events = desk.ask([3, 4], Sampling(4, temperature=0, ignore_eos=True), 1)
+    desk.finish()
+    assert len(tokens_of(events)) == 4
+
+
+def test_how_long_a_request_waited_is_told(runner: ModelRunner) -> None:
+    desk = Desk(runner, slots=1)
+    _, first = desk.ask([2, 3], Sampling(5, temperature=0, ignore_eos=True), 4)
+    _, second = desk.ask([2, 3], Sampling(5, temperature=0, ignore_eos=True), 8)
+    began = time.monotonic()
+    while not isinstance(first[-1:] and first[-1], Finished):
+        desk.batcher.step()
+    between = time.monotonic() - began
+    desk.finish()
+    early, late = first[-1], second[-1]
+    assert isinstance(early, Finished) and isinstance(late, Finished)
+    assert early.queued is not None and late.queued is not None
+    assert early.queued < between <= late.queued
+
+
+def test_scored_prompts_bound_the_logits_that_are_held(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is as wide as the vocabulary; those who are not scored are read as before."""
+    desk, rows, own = Desk(runner, prefill_tokens=600), list[int](), runner.run
+
+    def run(*works: Any) -> Any:
+        answer = own(*works)
+        rows.append(len(answer[1]))
+        return answer
+
+    monkeypatch.setattr(runner, "run", run)
+    scored = Sampling(2, temperature=0, ignore_eos=True, logprobs=0, score_prompt=True)
+    told = [desk.ask([5] * 90, scored, tenant=f"{n}")[1] for n in range(4)]
+    _, quick = desk.ask([5] * 90, Sampling(2, temperature=0, ignore_eos=True))
+    desk.batcher.step()
+    assert len(tokens_of(quick)) == 1
+    desk.finish()
+    assert max(rows) <= 128 + 6 and len(rows) >= 4
+    first, *others = ([t.logprob for t in events[0].tokens[1:]] for events in told)  # type: ignore[union-attr]
+    assert len(first) == 89 and all(one == pytest.approx(first, abs=1e-4) for one in others)

@@ -6,16 +6,18 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from loopback_server import PATIENCE, Server
-from scripted_serving import scripted_front, served
+from scripted_serving import ScriptedLease, scripted_front, served
 
+from meadow.server.serving import http_server
 from meadow.server.serving.api_keys import add_key
+from meadow.server.serving.requests import Event, Finished, Job, Token
 
 LONG = {"model": "news", "prompt": "a", "max_tokens": 30}
 
@@ -210,3 +212,62 @@ def test_an_idle_server_leaves_at_once_and_idle_connections_with_it() -> None:
             assert idle.recv(65536) == b""
         server.join()
         assert server.finished is True
+
+
+def shouting(job: Job) -> Iterator[Event]:
+    """More than the system's buffers take."""
+    for _ in range(16):
+        yield Token(2, "a" * 10**6)
+    yield Finished("length", "", len(job.prompt), 0, 16)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_does_not_read_keeps_no_server_from_its_end(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_server, "_REST_SECONDS", 0.2)
+    with served(scripted_front(shouting), drain_seconds=0.05) as server:
+        caller = Caller(server, {**LONG, "stream": stream})
+        caller.until(b"aaaa")
+        server.leave()
+        server.join()
+        assert server.finished is not stream  # whole answers are out of our hands
+        caller.hang_up()
+
+
+def test_a_request_is_answered_also_where_its_lease_cannot_be_let_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = ScriptedLease.release
+
+    def release(lease: ScriptedLease) -> None:
+        own(lease)
+        raise OSError("the disk is away")
+
+    monkeypatch.setattr(ScriptedLease, "release", release)
+    with served(scripted_front()) as server:
+        assert server.ask("/v1/completions", LONG).json["choices"][0]["finish_reason"] == "length"
+
+
+def test_who_waits_for_a_version_holds_up_nobody_else() -> None:
+    """However many wait: a large one is verified, or the disk takes its time."""
+    with served(scripted_front()) as server:
+        go_on, own, waiting = threading.Event(), server.catalogue.acquire, threading.Semaphore(0)
+
+        def acquire(model: str) -> Any:
+            if model == "news@v7":
+                waiting.release()
+                assert go_on.wait(PATIENCE)
+            return own(model)
+
+        server.catalogue.acquire = acquire
+        slow = [Caller(server, {**LONG, "model": "news@v7"}) for _ in range(40)]
+        assert waiting.acquire(timeout=PATIENCE)
+        eventually(lambda: server.front.doorway.in_flight == len(slow))
+        for model in ("news", "tiny"):
+            assert server.ask("/v1/completions", {**LONG, "model": model}).status == 200
+        assert len(server.engine.jobs) == 2
+        go_on.set()
+        for caller in slow:
+            assert b'"finish_reason":"length"' in caller.until(b'"finish_reason"')
+            caller.hang_up()

@@ -73,6 +73,9 @@ def test_metrics_have_vllms_names_and_prometheus_form() -> None:
     assert values[f"vllm:time_to_first_token_seconds_count{model}"] == 1
     assert values[f"vllm:inter_token_latency_seconds_count{model}"] == 3
     assert values[f"vllm:e2e_request_latency_seconds_count{model}"] == 1
+    assert values[f"vllm:request_queue_time_seconds_count{model}"] == 1
+    assert values[f"vllm:request_queue_time_seconds_sum{model}"] == 0.25
+    assert kinds["vllm:request_queue_time_seconds"] == "histogram"
     assert values['meadow:http_answers_total{status="404"}'] == 1
     loads = [name for name in values if name.startswith("vllm:lora_requests_info")]
     assert loads == [

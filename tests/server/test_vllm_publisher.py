@@ -429,3 +429,17 @@ def test_bases_are_known_from_the_servers(tmp_path: Path) -> None:
         assert target is not None and target.version == ""
 
     play(tmp_path, scene)
+
+
+def test_a_long_list_of_models_is_read_whole(tmp_path: Path) -> None:
+    """It comes in pieces: a server may have thousands of adapters of others."""
+
+    async def scene(stage: Stage) -> None:
+        for server in stage.servers:
+            server.adapters |= {f"other-{n}": (f"/shelf/{n:0100}", b"") for n in range(3000)}
+        stage.promote(1)
+        await stage.settle()
+        assert stage.routes.aliases()["mail"].name == name_of(1) and not stage.publisher.faults
+        assert all(len(one.cards or {}) == 3002 for one in stage.replicas)
+
+    play(tmp_path, scene)

@@ -60,3 +60,13 @@ def test_sentencepieces_words_and_bytes(word: str, expected: Piece) -> None:
 def test_other_vocabularies_are_asked_for_the_text() -> None:
     assert wrapped(decoders.WordPiece(), ["x", "##ing"]).piece(1).text == "##ing"
     assert wrapped(None, ["x", "loom"]).piece(1) == Piece("loom", b"loom")
+
+
+def test_a_byte_level_vocabularys_word_of_other_letters_is_what_it_reads() -> None:
+    vocabulary = wrapped(decoders.ByteLevel(), ["x", "a b\u2603"])
+    assert vocabulary.piece(1) == Piece("a b\u2603", "a b\u2603".encode())
+
+
+def test_what_texts_leave_out_adds_nothing_to_them() -> None:
+    assert NAMED.shown(NANO.bos_token_id) == b""
+    assert NAMED.shown(NANO("a", add_special_tokens=False)["input_ids"][0]) == b"a"

@@ -63,10 +63,11 @@ def test_the_losses_are_those_of_the_run(
     assert found["versions"][0]["loss"] == pytest.approx(run.loss, abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_another_precision_gives_other_losses(
-    registry: Registry, tiny: Config, run: Result, rows: Path
+    registry: Registry, tiny: Config, run: Result, rows: Path, dtype: str
 ) -> None:
-    found = measure(question(registry, tiny, held_out=str(rows), dtype="bfloat16"))
+    found = measure(question(registry, tiny, held_out=str(rows), dtype=dtype))
     loss = found["versions"][0]["loss"]
     assert loss != run.loss and loss == pytest.approx(run.loss, abs=0.05)
 
