@@ -99,15 +99,15 @@ def _served(config: Config, home: Any, disk: Disk, console: Console) -> bool:
     from .identity import own_identity
     from .peft_adapters.blueprint import open_blueprint
     from .server.coordinator_daemon import CoordinatorDaemon
-    from .server.coordinator_home import check_deployable
     from .server.flower_engine import FlowerEngine
+    from .server.run_beginning import begin, check_deployable
 
     with Display(console) as display:
         display.enter("preparing")
         blueprint = open_blueprint(config.model)
         check_deployable(config, blueprint)
         bundle = FlowerEngine(home.flower, disk).bundle_digest()
-        if home.prepare(config, blueprint, bundle, own_identity(), disk):
+        if begin(home, config, blueprint, bundle, own_identity(), disk):
             console.print("the terms have changed: every participant has to `meadow client agree`")
         if home.finished.exists():
             return True

@@ -27,9 +27,10 @@ from ..strategies.staleness import patience_of
 from ..strategies.transforms import make_transforms
 from .app import GridPeers, Nodes
 from .coordinator import Coordinator, Peers
-from .coordinator_home import CoordinatorHome, run_identity
+from .coordinator_home import CoordinatorHome
 from .publishing import Publishing, open_publishing
 from .roster import Note, Roster
+from .run_beginning import run_identity
 from .run_folder import traces
 from .run_output import RunOutput
 

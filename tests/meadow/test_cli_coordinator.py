@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -294,3 +296,14 @@ def test_the_operator_withdraws_for_who_cannot_ask_any_more(
         assert main(["coordinator", "withdraw", "eve"]) == 0
         assert roster.by_name("eve").status == "revoked"  # type: ignore[union-attr]
         assert "eve withdrew; its contributions are deleted" in capsys.readouterr().out
+
+
+def test_what_an_operator_asks_with_loads_no_torch() -> None:
+    """A decision or a look at the run takes no two seconds."""
+    code = (
+        "import sys, meadow.cli, meadow.server.coordinator_daemon as _, meadow.server.roster as _,"
+        " meadow.server.coordinator_status as _, meadow.server.coordinator_backup as _;"
+        "print([m for m in ('torch', 'transformers', 'peft', 'flwr') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -38,6 +38,7 @@ from meadow.server.coordinator_daemon import (
 from meadow.server.coordinator_home import CoordinatorHome
 from meadow.server.flower_engine import FlowerEngine
 from meadow.server.roster import Roster
+from meadow.server.run_beginning import begin
 from meadow.store import locked
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
@@ -51,7 +52,7 @@ def config(tiny: Config) -> Config:
 @pytest.fixture
 def home(config: Config, tmp_path: Path) -> CoordinatorHome:
     home = CoordinatorHome(tmp_path / "c")
-    home.prepare(config, blueprint(config.model.base), "bb" * 32, new_identity(), Quick())
+    begin(home, config, blueprint(config.model.base), "bb" * 32, new_identity(), Quick())
     return home
 
 

@@ -16,13 +16,14 @@ from meadow.events import Event, EventLog
 from meadow.server.coordinator_home import CoordinatorHome
 from meadow.server.coordinator_status import ONLINE_SECONDS, status_of, text_of
 from meadow.server.roster import Roster
+from meadow.server.run_beginning import begin
 from meadow.store import locked
 
 
 @pytest.fixture
 def home(tiny: Config, tmp_path: Path) -> CoordinatorHome:
     home = CoordinatorHome(tmp_path / "c")
-    home.prepare(tiny, blueprint(tiny.model.base), "bb" * 32, new_identity(), Quick())
+    begin(home, tiny, blueprint(tiny.model.base), "bb" * 32, new_identity(), Quick())
     return home
 
 

@@ -30,11 +30,12 @@ from meadow.journal import Journal
 from meadow.peft_adapters.blueprint import open_blueprint
 from meadow.peft_adapters.manifest import verify_manifest
 from meadow.server.coordinator import Refusal
-from meadow.server.coordinator_home import CoordinatorHome, run_identity
+from meadow.server.coordinator_home import CoordinatorHome
 from meadow.server.deployment import DeployedRun, Inbox, nodes_of, read_inbox, serve
 from meadow.server.publishing import Publishing, open_publishing
 from meadow.server.registry import Registry
 from meadow.server.roster import Roster
+from meadow.server.run_beginning import begin, run_identity
 from meadow.simulation.engine import Lab, simulate
 from meadow.strategies.registry import strategy_of
 
@@ -134,7 +135,7 @@ class Stage:
 @contextmanager
 def opened(folder: Path, config: Config, lab: Lab) -> Iterator[Stage]:
     home, base = CoordinatorHome(folder), blueprint(config.model.base)
-    home.prepare(config, base, "bb" * 32, OPERATOR, Quick())
+    begin(home, config, base, "bb" * 32, OPERATOR, Quick())
     identity = run_identity(config, base)
     with (
         Journal.open(home.run, identity, Quick()) as journal,

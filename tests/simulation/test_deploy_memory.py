@@ -15,7 +15,7 @@ from flwr.app import Message
 from meadow.errors import StorageError, UpdateError
 from meadow.peft_adapters.blueprint import open_blueprint
 from meadow.server.app import wrap
-from meadow.server.coordinator_home import check_deployable
+from meadow.server.run_beginning import check_deployable
 from meadow.simulation import deploy_memory, flower_identity
 from meadow.simulation.deploy_memory import Load, measure, write_base
 from meadow.simulation.load_generator import answer_to

@@ -3,8 +3,8 @@
 check.py prepare --folder DIR                           a base of 27 million random weights
 check.py check --folder DIR --url A ... --group FILE    against servers of it
 
-VLLM_API_KEY is the servers' key.  The first is killed: FILE has the number of its process group, and
-whoever started it has to start it again.
+VLLM_API_KEY is the servers' key.  The first is killed: FILE has the number of its process group,
+and whoever started it has to start it again.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from meadow.config import Config
 from meadow.errors import ConfigError, FormatError, JournalError, ModelError
 from meadow.identity import Identity
 from meadow.journal import Journal
-from meadow.server.coordinator_home import CoordinatorHome, check_deployable, run_identity
+from meadow.server.coordinator_home import CoordinatorHome
+from meadow.server.run_beginning import begin, check_deployable, run_identity
 from meadow.store import Disk, locked
 from meadow.terms import Terms
 
@@ -29,7 +30,7 @@ BUNDLE = "bb" * 32
 def prepare(home: CoordinatorHome, config: Config, disk: Disk | None = None, **given: Any) -> bool:
     base = blueprint(config.model.base)
     arguments = {"blueprint": base, "bundle": BUNDLE, "identity": OPERATOR, **given}
-    return home.prepare(config, disk=disk or Disk(), **arguments)
+    return begin(home, config, disk=disk or Disk(), **arguments)
 
 
 def begun(folder: Path, config: Config) -> CoordinatorHome:
