@@ -94,7 +94,8 @@ class Registry(Closeable):
         where the disk refuses.
         """
         disk = disk or Disk()
-        _make_folders(folder, disk)
+        for part in ("versions", "leases"):
+            disk.folder(folder / part)
         return cls(folder, who, disk, clock, limits or Limits())
 
     def close(self) -> None:
@@ -309,7 +310,7 @@ class Registry(Closeable):
 
     @property
     def is_replaced(self) -> bool:
-        """Whether there is another registry now where this one was opened: a copy, perhaps."""
+        """Whether another one, a copy perhaps, lies where this one was opened."""
         return self._database.is_replaced
 
     def fingerprint(self) -> tuple[int, ...]:
@@ -317,12 +318,9 @@ class Registry(Closeable):
         return self._database.fingerprint()
 
     def reopen(self) -> None:
-        """Go on with the registry that lies there now; what was in use is in use there.
-
-        Raises what `Registry.open` raises, and then goes on with none.
-        """
+        """Go on with the one that lies there now, as in use as this was.  Raises as `open` does."""
         with self._turn():
-            _make_folders(self.folder, self._disk)
+            self._disk.folder(self.folder / "leases")
             self._leases.renew()
             self._database.reopen()
 
@@ -386,11 +384,6 @@ class Registry(Closeable):
 
     def _turn(self) -> AbstractContextManager[None]:
         return own_turn(self.folder / "registry.lock")
-
-
-def _make_folders(folder: Path, disk: Disk) -> None:
-    for part in ("versions", "leases"):
-        disk.folder(folder / part)
 
 
 def _is_at(rows: Rows, name: str, alias: str, revision: int | None) -> bool:

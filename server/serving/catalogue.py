@@ -300,7 +300,7 @@ class Catalogue(Closeable):
         """Let an alias in use mean another version, if that verifies."""
         version = alias.version
         try:
-            self._versions.take(version)
+            self._versions.take(version, anew=True)
         except _UNUSABLE as error:
             self._refuse(alias, error)
             self._stays_out[key] = alias.revision

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...closeable import Closeable
-from ...errors import AdapterError, MeadowError
+from ...errors import AdapterError, FormatError, IdentityError, MeadowError
 from ...peft_adapters.adapter_reader import Adapter
 from ...peft_adapters.blueprint import Blueprint
 from ..registry import Registry, Version
@@ -17,6 +18,8 @@ from ..registry_opened import Opened
 
 _LOG = logging.getLogger(__name__)
 _TURNS = 16
+_FAILED_SECONDS = 1.0
+"""For so long what did not verify is not read again, however many ask for it."""
 
 
 class Key(NamedTuple):
@@ -46,23 +49,26 @@ class OpenVersions(Closeable):
         self._registry, self._blueprint = registry, blueprint
         self._entries: dict[Key, _Entry] = {}
         self._kept: frozenset[Key] = frozenset()
+        self._failed: dict[Key, tuple[float, MeadowError]] = {}  # when, and why
         self._doubts = 0  # how often all were doubted
         self._guard = threading.Lock()
         self._turns = [threading.Lock() for _ in range(_TURNS)]
 
-    def take(self, version: Version) -> None:
+    def take(self, version: Version, *, anew: bool = False) -> None:
         """Refer to a version, which is verified now if it is not open.
 
-        Of several threads that ask for one at once the first verifies it.  Raises AdapterError,
-        FormatError or IdentityError where it does not verify, StorageError where the registry
-        cannot be read.
+        Of several threads that ask for one at once the first verifies it; one that has just failed
+        is tried again only if `anew`.  Raises AdapterError, FormatError or IdentityError where it
+        does not verify, StorageError where the registry cannot be read.
         """
         key = key_of(version)
         if self.took(version):
             return
         with self._turns[hash(key) % _TURNS]:
             if not self.took(version):
-                self._open(key, version)
+                if not anew:
+                    self._recall(key)
+                self._try(key, version)
 
     def took(self, version: Version) -> bool:
         """Refer to a version if it is open and not doubted; whether it is.  Waits for no disk."""
@@ -116,6 +122,20 @@ class OpenVersions(Closeable):
             left = [entry.opened for entry in self._entries.values()]
             self._entries.clear()
         _close(left)
+
+    def _recall(self, key: Key) -> None:
+        """Raise what a version has just failed with."""
+        since, error = self._failed.get(key, (-_FAILED_SECONDS, None))
+        if error is not None and time.monotonic() - since < _FAILED_SECONDS:
+            raise type(error)(error.message, error.hint)
+
+    def _try(self, key: Key, version: Version) -> None:
+        try:
+            self._open(key, version)
+        except (AdapterError, FormatError, IdentityError) as error:
+            self._failed[key] = time.monotonic(), error
+            raise
+        self._failed.pop(key, None)
 
     def _open(self, key: Key, version: Version) -> None:
         doubts = self._doubts

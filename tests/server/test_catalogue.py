@@ -23,6 +23,7 @@ from meadow.errors import (
 from meadow.peft_adapters.peft_format import WEIGHTS
 from meadow.server.registry import Registry, Version
 from meadow.server.registry_gc import Retention
+from meadow.server.serving import open_versions
 from meadow.server.serving.catalogue import Catalogue
 from meadow.server.serving.served import Served
 
@@ -498,3 +499,25 @@ def test_what_is_in_use_is_had_without_a_look_at_the_disk(
         (tmp_path / "away").rename(tmp_path / "registry")
         registry.distrust(ME.key_id)
         soon(lambda: catalogue.ready("a") is None)
+
+
+def test_a_version_that_fails_is_not_read_again_for_everybody_who_asks(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has a key could keep the disk busy with it, and its users do by trying again."""
+    damage(registry, add(registry, 1))
+    own, read = registry.lease, list[Version]()
+
+    def lease(version: Version, *more: Any) -> Any:
+        read.append(version)
+        return own(version, *more)
+
+    monkeypatch.setattr(registry, "lease", lease)
+    monkeypatch.setattr(open_versions, "_FAILED_SECONDS", 1e9)
+    with looking_at(registry) as catalogue:
+        for name in ["a", "a@v1"] * 9:
+            assert refuses(catalogue, name, AdapterError)
+        assert len(read) == 1
+        monkeypatch.setattr(open_versions, "_FAILED_SECONDS", 0.0)
+        registry.keep("a", adapter(1))  # mended
+        assert meaning(catalogue, "a") == "a@v1" and len(read) == 2
