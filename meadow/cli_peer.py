@@ -5,22 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from rich.console import Console
 
+from .cli_peer_replay import FOLDER, add_replay, ledger_of, read_file
 from .config import Config, load
 from .display import Display
-from .errors import ConfigError, DataError, FormatError, IdentityError, JournalError
+from .errors import ConfigError, DataError, FormatError, IdentityError
 from .events import Event, Observer
 from .interruption import until_interrupted
 
 Add = Callable[..., argparse.ArgumentParser]
 _ENDING = "ending after the record at hand; once more: at once, without that record"
-_FOLDER = "name the folder of a peer that has run"
 
 
 def add_commands(commands: Any, add: Add, positive: Callable[[str], int]) -> None:
@@ -49,12 +49,7 @@ def add_commands(commands: Any, add: Add, positive: Callable[[str], int]) -> Non
     run.add_argument("config", type=Path, metavar="run.toml")
     run.add_argument("--out", type=Path, help="the peer's folder (default: peers/NAME)")
 
-    replay = add(commands, "replay", _replay, "rebuild the adapter from a ledger")
-    replay.add_argument("ledger", type=Path, help="a peer's folder")
-    replay.add_argument("--base", required=True, help="the base model's folder or name")
-    replay.add_argument("--without", action="append", default=[], metavar="PEER")
-    replay.add_argument("--state", default="", help="the state, or its first digits, to end in")
-    replay.add_argument("--out", type=Path, help="write the adapter there")
+    add_replay(commands, add)
 
     verify = add(commands, "verify", _verify, "measure some of my own records again")
     verify.add_argument("config", type=Path, metavar="run.toml")
@@ -118,7 +113,7 @@ def _read_card(path: Path) -> Any:
 
     hint = "`meadow peer card` writes one"
     try:
-        member = Member.from_json(json.loads(_read(path, hint)))
+        member = Member.from_json(json.loads(read_file(path, hint)))
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{path} is no card", hint) from error
     check_certificate(member.peer, member.certificate)
@@ -153,9 +148,9 @@ def _introduce(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .strategies.introductions import Introduction, JoinRequest
 
     _refuse_others_folder(options.folder)
-    charter = Charter.read(_read(options.folder / CHARTER, _FOLDER))
+    charter = Charter.read(read_file(options.folder / CHARTER, FOLDER))
     request = JoinRequest.decode(
-        _read(options.request, "`meadow peer join` writes one"), charter.run
+        read_file(options.request, "`meadow peer join` writes one"), charter.run
     )
     check_certificate(request.member.peer, request.member.certificate)
     introduction = Introduction.sign(own_identity(), request)
@@ -257,88 +252,8 @@ def _read_charter(config: Config, path: Path) -> tuple[Any, bytes]:
     from .strategies.charter import Charter
 
     hint = "[peer] charter names it; one of the run's founders has it"
-    data = _read(path.parent / config.peer.charter, hint)
+    data = read_file(path.parent / config.peer.charter, hint)
     return Charter.read(data), data
-
-
-def _ledger_of(folder: Path) -> Any:
-    """The ledger of a peer's folder, every signature in it checked."""
-    from .client.peer import CHARTER
-    from .client.peer_memory import read_ledger
-    from .strategies.charter import Charter
-
-    return read_ledger(Charter.read(_read(folder / CHARTER, _FOLDER)), folder)
-
-
-def _replay(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from .client.peer_audit import replay
-    from .client.peer_terms import refuse_other_base, unscaled
-    from .client.workbench import open_workbench
-    from .store import Disk
-
-    with Display(console) as display:
-        display.enter("checking signatures")
-        ledger = _ledger_of(options.ledger)
-        without = {_peer_named(name, ledger) for name in options.without}
-        display.enter("loading the base")
-        pool = ledger.charter.pool
-        model = {"base": options.base, "targets": _targets(pool.sites)}
-        shortest = {"max_length": 8}  # no text is read, and no context is too short for it
-        config = unscaled(Config().replace(model=model, data=shortest), ledger.charter)
-        bench = open_workbench(config)
-        refuse_other_base(ledger.charter, bench)
-        display.enter("adding up")
-        found = replay(ledger, without)
-        _refuse_other_state(found.state_id, options.state)
-        if options.out is not None:
-            tree = pool.adapter(found.q, config.scaling)
-            bench.blueprint.export(config, tree, options.out, pool.run_id, Disk())
-    screen = Console()
-    screen.print(
-        f"{found.records} records, {found.steps} steps of {found.peers} peers; all signatures hold"
-    )
-    screen.print(f"state {found.state_id}", soft_wrap=True)
-    if without:
-        screen.print(
-            f"without {', '.join(peer.hex()[:16] for peer in sorted(without))}: its bytes are"
-            " retracted. This is not exact unlearning: the others measured on a model that had"
-            " them.",
-            soft_wrap=True,
-        )
-    return {
-        "state": found.state_id,
-        "records": found.records,
-        "steps": found.steps,
-        "peers": found.peers,
-        "without": sorted(peer.hex() for peer in without),
-        "excluded": {peer.hex(): end for peer, end in ledger.excluded.items()},
-        "adapter": None if options.out is None else str(options.out),
-    }
-
-
-def _targets(sites: Iterable[Any]) -> list[str]:
-    """The names of the layers that a charter adapts, as [model] targets has them."""
-    return sorted({site.name.rpartition(".")[2] for site in sites})
-
-
-def _refuse_other_state(found: str, expected: str) -> None:
-    if expected and not found.startswith(expected.lower()):
-        raise JournalError(
-            f"the records add up to state {found[:16]}, not to {expected[:16]}",
-            "this ledger lacks records, or has more",
-        )
-
-
-def _peer_named(name: str, ledger: Any) -> bytes:
-    """The member whose key begins with `name`."""
-    found = [peer for peer in ledger.members if peer.hex().startswith(name.lower())]
-    if len(found) != 1 or len(name) < 4:
-        raise ConfigError(
-            f"--without {name}: {len(found)} members have such a key",
-            "give the first digits of one member's key",
-        )
-    peer: bytes = found[0]
-    return peer
 
 
 def _verify(options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -349,7 +264,7 @@ def _verify(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     config = load(options.config)
     _refuse_others_folder(options.folder)
-    ledger = _ledger_of(options.folder)
+    ledger = ledger_of(options.folder)
     with Display(console) as display:
         display.enter("loading")
         bench = open_workbench(config)
@@ -374,13 +289,6 @@ def _demo(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     for line in peer_demo.lines(report):
         screen.print(line, markup=False, highlight=False, soft_wrap=True)
     return report
-
-
-def _read(path: Path, hint: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", hint) from error
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -24,6 +24,7 @@ FREE = (
     "meadow/cli_coordinator.py",
     "meadow/cli_client.py",
     "meadow/cli_peer.py",
+    "meadow/cli_peer_replay.py",
     "meadow/cli_serve.py",
     "meadow/cli_simulate.py",
     "meadow/cli_publish.py",

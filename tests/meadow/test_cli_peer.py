@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.torch import load_file, save_file
 from tiny import save_base, write_rows
@@ -27,6 +29,7 @@ from meadow.client.peer_terms import CHARTERED, terms_of
 from meadow.client.peer_tls import certificate_of
 from meadow.config import Config, load, write
 from meadow.identity import HOME, Identity
+from meadow.server.registry import Registry, default_folder
 from meadow.strategies.introductions import JoinRequest
 
 ROOT = Path(__file__).parents[2]
@@ -150,6 +153,21 @@ def test_a_run_from_its_founding_to_a_look_back(ada: Person, bob: Person) -> Non
     verified = ada.do("verify", "run.toml", "--folder", "peer", "--records", "2")
     assert verified["records"] == [{"sequence": 0, "steps": 2, "equal": 2, "worst": 0}]
     assert ada.work()["own_records"] == 1, "the same command goes on"
+
+
+def test_what_a_ledger_adds_up_to_is_published(worked: Person) -> None:
+    replay = ("replay", "peer", "--base", base_of(worked))
+    told = worked.do(*replay, "--publish", "letters")
+    assert told["published"] == "letters@v1"
+    assert worked.do(*replay, "--publish", "letters")["published"] == "letters@v1", "the same one"
+    with worked.here(), Registry.open(default_folder(), worked.identity) as registry:
+        version = registry.resolve("letters@prod")
+        assert str(version) == "letters@v1" and version.facts["rounds"] == 1
+        assert registry.verify(version).rank == 8, "the least that servers take"
+        published = safetensors.torch.load(registry.files(version).weights)
+    own = load_file(worked.folder / "peer" / "adapter" / "adapter_model.safetensors")
+    assert own.keys() == published.keys()
+    assert all(torch.equal(own[name], published[name]) for name in own)
 
 
 def key_of(person: Person) -> bytes:
