@@ -19,6 +19,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: a thread fo
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # and threads of several would wait for another
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no process is left with one of them at the end."""
+    items.sort(key=_minutes, reverse=True)
+
+
+def _minutes(item: pytest.Item) -> float:
+    """What its mark says that it may take; 0 for nothing worth a word."""
+    mark = item.get_closest_marker("long")
+    return mark.kwargs.get("minutes", 0.0) if mark is not None else 0.0
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keys that tests make are not the user's."""

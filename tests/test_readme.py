@@ -89,7 +89,7 @@ def test_ones_own_text_following_the_readme_only(tmp_path: Path) -> None:
     assert len(metrics) == 3 and metrics[-1]["train_loss"].keys() == {"ada", "bob", "eve"}
 
 
-@pytest.mark.long
+@pytest.mark.long(minutes=3)
 def test_bytes_instead_of_gradients_following_the_readme_only(tmp_path: Path) -> None:
     """The README's rows once more; `meadow peer demo` has a test of its own."""
     rows = code(section("Your own text"), "json")[0]

@@ -243,5 +243,5 @@ class LongGossipMachine(GossipMachine):
 
 TestGossip = GossipMachine.TestCase
 TestGossip.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-TestLongGossip = pytest.mark.long(LongGossipMachine.TestCase)
+TestLongGossip = pytest.mark.long(minutes=2)(LongGossipMachine.TestCase)
 TestLongGossip.settings = settings(max_examples=600, stateful_step_count=80, deadline=None)

@@ -11,7 +11,7 @@ import pytest
 from deployments import PEOPLE, Deployment, small_config
 from wrong_clock import needs_a_compiler, wrong_clock
 
-pytestmark = [pytest.mark.long, needs_a_compiler]
+pytestmark = [pytest.mark.long(minutes=2), needs_a_compiler]
 
 DAY = 86_400
 EMAIL, HTTP = PEOPLE

@@ -14,7 +14,7 @@ from deployments import PEOPLE, Deployment, small_config
 from round_points import answering
 from tcp_proxy import TcpProxy
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.long(minutes=4)
 
 EMAIL, HTTP = PEOPLE
 SECONDS = 60.0

@@ -36,7 +36,7 @@ from meadow.server.roster import Roster
 from meadow.store import Disk
 
 pytestmark = [
-    pytest.mark.long,
+    pytest.mark.long(minutes=6),
     pytest.mark.skipif(sys.platform != "linux", reason="limits another process's files"),
 ]
 

@@ -15,7 +15,7 @@ import torch
 from deployments import PEOPLE, Deployment, small_config
 from round_points import answering, answering_and_training, closing, sent, training
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.long(minutes=6)
 
 EMAIL, HTTP = PEOPLE
 

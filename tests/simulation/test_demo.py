@@ -61,7 +61,7 @@ def test_share_is_of_the_improvement() -> None:
     assert baselines.share(4.0, 2.0, 2.0) == 1.0
 
 
-@pytest.mark.long
+@pytest.mark.long(minutes=8)
 def test_the_demo_keeps_its_promise(tmp_path: Path) -> None:
     """At least 0.80 of centralised training's improvement, and better than training alone."""
     report_file = tmp_path / "report.json"

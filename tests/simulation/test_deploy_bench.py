@@ -172,7 +172,7 @@ def test_a_run_that_left_nothing_is_no_figure(tmp_path: Path) -> None:
         deploy_memory.found(CoordinatorHome(tmp_path), found)
 
 
-@pytest.mark.long
+@pytest.mark.long(minutes=4)
 def test_a_tiny_one_of_real_processes(tmp_path: Path) -> None:
     """All but the deployment that sends single bytes, whose rounds are the same."""
     size = Size(rounds=3, contributions=(3,), megabytes=2.0)

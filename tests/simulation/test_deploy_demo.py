@@ -43,7 +43,7 @@ def test_what_gets_nowhere_ends_the_demo(monkeypatch: pytest.MonkeyPatch) -> Non
         deploy_demo._until([], lambda: False)
 
 
-@pytest.mark.long
+@pytest.mark.long(minutes=3)
 def test_the_demo_ends_in_the_local_engines_adapter(short_path: Path) -> None:
     out = short_path / "demo"
     assert main(["demo", "--deploy", "--out", str(out), "--json", str(short_path / "r.json")]) == 0

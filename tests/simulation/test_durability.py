@@ -127,7 +127,7 @@ def test_some_steps(
     try_all(reference(case), way, places[len(way) % stride :: stride], roots)
 
 
-@pytest.mark.long
+@pytest.mark.long(minutes=2)
 @pytest.mark.parametrize(
     ("case", "ways"),
     [

@@ -69,7 +69,7 @@ def test_losses_are_read_from_a_log_that_a_crash_has_torn(tmp_path: Path) -> Non
     assert peer.losses() == [2.5, 2.0] and peer.status() == {}
 
 
-@pytest.mark.long
+@pytest.mark.long(minutes=3)
 def test_the_demo_keeps_its_promise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, file = tmp_path / "peers", tmp_path / "report.json"
     assert main(["peer", "demo", "--out", str(out), "--json", str(file)]) == 0
