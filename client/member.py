@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from ..errors import FormatError
 from ..strategies.base import Answer, Loss, Measured, Request, State, Strategy, Turn, Update
+from ..strategies.error_feedback import with_owed, without_owed
 from ..strategies.messages import (
     pack_state,
     pack_update,
@@ -52,12 +53,13 @@ class Member:
         recorded = self.outbox.pending(turn.round)
         if recorded is not None and not self.rehearse:
             return recorded
-        memory = self._memory(turn.round)
+        memory, owed = without_owed(self._memory(turn.round))
         update, after = drive(self.strategy.work(received, memory, turn), self.respond)
         if recorded is not None:
             return recorded
-        sent = pack_update(to_client(self.transforms, update, received, turn))
-        self.outbox.record(turn.round, sent, pack_state(after))
+        update, owed = to_client(self.transforms, update, received, turn, owed)
+        sent = pack_update(update)
+        self.outbox.record(turn.round, sent, pack_state(with_owed(after, owed)))
         return sent
 
     def evaluate(self, payload: bytes) -> bytes:
@@ -70,7 +72,8 @@ class Member:
 
     def own(self, received: Update, turn: Turn) -> Loss:
         """What this client would use after round `turn.round`."""
-        return self.strategy.own(received, self._memory(turn.round + 1), turn)
+        memory, _ = without_owed(self._memory(turn.round + 1))
+        return self.strategy.own(received, memory, turn)
 
     def _memory(self, before_round: int) -> State:
         recorded = self.outbox.memory(before_round)

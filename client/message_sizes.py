@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from ..strategies.base import Answer, Loss, Probe, Probed, Request, State, Strategy, Trained, Turn
+from ..strategies.error_feedback import Owed
 from ..strategies.messages import pack_update, turn_to_json
 from ..strategies.transforms import Transform, to_client
 from .task import drive
@@ -37,7 +38,8 @@ def measured_bytes(
             update, memories[client] = drive(work, lambda asked: _moved(asked, generator))
             reducer.fold(replace(update, sender=own.client))
         down.append(len(pack_update(sent, turn=turn_to_json(own))))
-        up.append(len(pack_update(to_client(transforms, update, sent, own))))
+        travels, _ = to_client(transforms, update, sent, own, Owed())
+        up.append(len(pack_update(travels)))
         state = strategy.step(state, reducer.total(), turn)
     return up, down
 

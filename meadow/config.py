@@ -110,7 +110,9 @@ class ClientsConfig:
     weight_decay: float = _key(0.0, "AdamW's decoupled weight decay", 0)
     clip: float = _key(1.0, "largest gradient norm (0 = off)", 0)
     clip_update: float = _key(0.0, "largest norm of what a round changes (0 = off)", 0)
-    wire: Literal["float32", "bfloat16"] = _key("float32", "precision of the tensors that are sent")
+    wire: Literal["float32", "bfloat16"] = _key(
+        "float32", "precision of what is sent; what is rounded off goes with the next round"
+    )
 
 
 @dataclass(frozen=True)

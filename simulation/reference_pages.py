@@ -140,10 +140,11 @@ _LEGEND = f"""\
   directions, so that its rank is larger.
 - **up, down**: kilobytes (1,000 bytes) of one client's message in one round of {STEPS} steps, in
   float32, for the embedded base nano with that rank on all linear layers and {CLIENTS} clients;
-  `[clients] wire = "bfloat16"` halves what goes up. With d the sum of an adapted layer's input and
-  output size, all factors are 4 r Σd bytes. A range is the least and the most over the rounds: a
-  side adapter grows by every round's new directions until it has its `width`. Pools send
-  integers: 4 r² bytes down, and up the same, or a byte a step.
+  `[clients] wire = "bfloat16"` halves what goes up: a round's changes are rounded, not the weights,
+  and a client adds what was rounded off to its next round's. With d the sum of an adapted layer's
+  input and output size, all factors are 4 r Σd bytes. A range is the least and the most over the
+  rounds: a side adapter grows by every round's new directions until it has its `width`. Pools
+  send integers: 4 r² bytes down, and up the same, or a byte a step.
 - **mixed ranks**: participants may train smaller ranks than the model's (option `ranks`).
 - **quantised base**: works over a 4- or 8-bit base. All do: base weights are never written.
 - **secure sum**: with its default options the coordinator needs no more than a weighted sum of

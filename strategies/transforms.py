@@ -8,15 +8,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
 from ..errors import UpdateError
+from ..peft_adapters.layout import Tree
 from .base import Turn, Update
+from .error_feedback import Owed
 
 
 class Transform(ABC):
     """Clip, noise, sparsify, quantise: a change to one update, and its inverse where it has one."""
+
+    feeds_back: ClassVar[bool] = False
+    """Whether a later message makes good what `server` cannot restore of this one."""
 
     @abstractmethod
     def client(self, update: Update, reference: Update, turn: Turn) -> Update:
@@ -38,11 +44,7 @@ class Clip(Transform):
     bound: float
 
     def client(self, update: Update, reference: Update, turn: Turn) -> Update:
-        base = {
-            name: reference.tensors[name]
-            for name, tensor in update.tensors.items()
-            if name in reference.tensors and not update.notes.get("delta", False)
-        }
+        base = _told_against(update, reference)
         if any(update.tensors[name].shape != tensor.shape for name, tensor in base.items()):
             raise UpdateError(
                 "clip_update cannot tell what changed in an adapter of another rank than was sent",
@@ -59,23 +61,39 @@ class Clip(Transform):
 
 @dataclass(frozen=True)
 class Cast(Transform):
-    """Send in a smaller float type; the coordinator sums in float32 or wider."""
+    """Send changes in a smaller float type; the coordinator sums in float32 or wider.
+
+    Of a tensor that was also received, in the same shape, the difference from it travels: a
+    round's change is much smaller than what it changes, so that rounding costs much less.
+    """
 
     dtype: torch.dtype
+    feeds_back: ClassVar[bool] = True
 
     def client(self, update: Update, reference: Update, turn: Turn) -> Update:
-        return replace(update, tensors={n: t.to(self.dtype) for n, t in update.tensors.items()})
+        base = _same_shape(update, reference)
+        change = {n: t - base[n] if n in base else t for n, t in update.tensors.items()}
+        return replace(update, tensors={n: t.to(self.dtype) for n, t in change.items()})
 
     def server(self, update: Update, reference: Update, turn: Turn) -> Update:
-        return replace(update, tensors={n: t.float() for n, t in update.tensors.items()})
+        base = _same_shape(update, reference)
+        wide = {name: tensor.float() for name, tensor in update.tensors.items()}
+        return replace(
+            update, tensors={n: t + base[n] if n in base else t for n, t in wide.items()}
+        )
 
 
 def to_client(
-    transforms: Sequence[Transform], update: Update, reference: Update, turn: Turn
-) -> Update:
+    transforms: Sequence[Transform], update: Update, reference: Update, turn: Turn, owed: Owed
+) -> tuple[Update, Owed]:
+    """The update as it is sent, with what is owed from before; and what is owed from now on."""
+    update = owed.added_to(update, turn.round)
     for transform in transforms:
-        update = transform.client(update, reference, turn)
-    return update
+        meant, update = update, transform.client(update, reference, turn)
+        if transform.feeds_back:
+            read = transform.server(update, reference, turn)
+            owed = owed.after(_lasting(meant, reference), read.tensors, turn.round)
+    return update, owed
 
 
 def to_server(
@@ -94,3 +112,22 @@ def make_transforms(clip_update: float, wire: str) -> list[Transform]:
     if wire != "float32":
         transforms.append(Cast(getattr(torch, wire)))
     return transforms
+
+
+def _told_against(update: Update, reference: Update) -> Tree:
+    """The received tensors of which an update holds new values; none where it holds changes."""
+    if update.notes.get("delta", False):
+        return {}
+    return {n: reference.tensors[n] for n in update.tensors if n in reference.tensors}
+
+
+def _same_shape(update: Update, reference: Update) -> Tree:
+    base = _told_against(update, reference)
+    return {n: t for n, t in base.items() if t.shape == update.tensors[n].shape}
+
+
+def _lasting(update: Update, reference: Update) -> Tree:
+    """The tensors that a later round goes on with; a fresh one's name means another thing then."""
+    if update.notes.get("delta", False):
+        return update.tensors
+    return {name: update.tensors[name] for name in _same_shape(update, reference)}

@@ -24,6 +24,7 @@ from meadow.peft_adapters.manifest import verify_manifest
 from meadow.simulation.engine import Lab, open_lab, simulate
 from meadow.strategies import registry
 from meadow.strategies.base import Mean, Sgd, State, Strategy, Trained, Turn
+from meadow.strategies.error_feedback import Owed
 from meadow.strategies.messages import check_contribution, pack_update
 from meadow.strategies.transforms import Clip, to_client
 
@@ -103,7 +104,7 @@ def test_the_example_strategys_votes_are_clipped_as_changes(sign_vote: type[Stra
         return Trained({n: t + 1 for n, t in request.adapter.items()}, {}, 1.0, 5, 5)
 
     update, _ = drive(strategy.work(sent, State(), turn), trained)
-    clipped = to_client([Clip(1.0)], update, sent, turn)
+    clipped, _ = to_client([Clip(1.0)], update, sent, turn, Owed())
     assert all(torch.allclose(t, torch.full_like(t, 0.5)) for t in clipped.tensors.values())
 
 

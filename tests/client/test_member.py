@@ -29,6 +29,7 @@ from meadow.strategies.base import (
     Work,
 )
 from meadow.strategies.messages import pack_update, turn_to_json, unpack_update
+from meadow.strategies.transforms import Cast
 
 RUN = "0123abcd"
 
@@ -242,3 +243,54 @@ def cut(root: Path, disk: Faulty) -> tuple[Path, int]:
         assert disk.way == "full"
         return root, arrived
     raise AssertionError(f"step {disk.at} did not end the run")
+
+
+class Drifting(Counting):
+    """Every round moves w by more than 16 bits can say."""
+
+    def work(self, received: Update, memory: State, turn: Turn) -> Work:
+        yield Loss({})
+        return Update({"w": received.tensors["w"] + (1 + 2**-9)}), memory
+
+
+def drifting(folder: Path, disk: Disk | None = None) -> Member:
+    outbox, rounded = Outbox(folder / "clients", "ada", RUN, disk or Disk()), [Cast(torch.bfloat16)]
+    return Member("ada", Drifting(), outbox, Responder(), rounded)
+
+
+def drift(round: int) -> bytes:
+    received = Update({"w": torch.full((3,), float(round))})
+    return pack_update(received, turn=turn_to_json(Turn(round, 99, 1, client="ada")))
+
+
+def test_what_rounding_kept_back_outlives_the_process(tmp_path: Path) -> None:
+    """A member made anew for each round sends what one that lives on sends, to the byte."""
+    resident, rounds = drifting(tmp_path / "resident"), range(1, 9)
+    sent = [resident.work(drift(round)) for round in rounds]
+    assert [drifting(tmp_path / "anew").work(drift(round)) for round in rounds] == sent
+    told = torch.stack([unpack_update(data)[0].tensors["w"].double() for data in sent])
+    assert told.sum(0).tolist() == [8 * (1 + 2**-9)] * 3  # each alone says 1
+    assert len({data[-6:] for data in sent}) > 1
+    again = drifting(tmp_path / "anew")
+    assert again.work(drift(8)) == sent[-1]  # asked once more: nothing is owed twice
+    assert not [name for name in again.own(Update({}), Turn(8, 99, 1)).adapter if "owed" in name]
+
+
+@pytest.mark.parametrize("way", ["before", "torn", "power"])
+def test_a_crash_loses_nothing_that_is_owed(tmp_path: Path, way: str) -> None:
+    rounds = range(1, 5)
+    whole, counted = tmp_path / "whole", Numbered(tmp_path / "counted")
+    counted.root.mkdir()
+    sent = [drifting(whole).work(drift(round)) for round in rounds]
+    assert [drifting(counted.root, counted).work(drift(round)) for round in rounds] == sent
+    for at in counted.tearable if way == "torn" else range(1, counted.count + 1):
+        disk = Faulty(tmp_path / str(at), at, way)
+        disk.root.mkdir()
+        got: list[bytes] = []
+        try:
+            while len(got) < len(sent):
+                got.append(drifting(disk.root, disk).work(drift(1 + len(got))))
+        except Crash:
+            later = range(1 + len(got), 5)
+            got += [drifting(disk.survivor).work(drift(round)) for round in later]
+        assert disk.dead and got == sent

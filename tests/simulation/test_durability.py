@@ -38,10 +38,12 @@ POOLS: dict[str, dict[str, Any]] = {
 
 
 def variant(tiny: Config, case: str) -> Config:
-    """The run of a case: a strategy, or DiLoCo, whose clients have a memory, in fused groups."""
+    """The run of a case: a strategy, or DiLoCo in fused groups, whose clients remember most: their
+    optimiser's state and what rounding has kept back."""
     if case == "fused":
         engine = {"engine": "fused", "group": 2}
-        return tiny.replace(strategy={"name": "diloco"}, simulation=engine)
+        rounded = {"wire": "bfloat16"}
+        return tiny.replace(strategy={"name": "diloco"}, simulation=engine, clients=rounded)
     return tiny.replace(strategy={"name": case, "options": POOLS.get(case, {})})
 
 

@@ -11,6 +11,7 @@ from toy import adapter
 from meadow.errors import UpdateError
 from meadow.peft_adapters.layout import Tree
 from meadow.strategies.base import Turn, Update
+from meadow.strategies.error_feedback import Owed
 from meadow.strategies.transforms import Cast, Clip, make_transforms, to_client, to_server
 
 TURN = Turn(1, 1, 1)
@@ -90,7 +91,7 @@ def test_a_cast_travels_small_and_is_summed_wide() -> None:
 def test_a_client_goes_forwards_and_the_coordinator_backwards() -> None:
     chain = make_transforms(0.5, "bfloat16")
     assert [type(part) for part in chain] == [Clip, Cast]
-    sent = to_client(chain, Update(adapter(2)), NOTHING, TURN)
+    sent, _ = to_client(chain, Update(adapter(2)), NOTHING, TURN, Owed())
     assert {tensor.dtype for tensor in sent.tensors.values()} == {torch.bfloat16}
     arrived = to_server(chain, sent, NOTHING, TURN)
     assert size(arrived.tensors) == pytest.approx(0.5, rel=2**-8)
@@ -100,4 +101,5 @@ def test_a_client_goes_forwards_and_the_coordinator_backwards() -> None:
 def test_by_default_nothing_happens() -> None:
     assert make_transforms(0.0, "float32") == []
     update = Update(adapter(1))
-    assert to_server([], to_client([], update, NOTHING, TURN), NOTHING, TURN) is update
+    sent, owed = to_client([], update, NOTHING, TURN, Owed())
+    assert to_server([], sent, NOTHING, TURN) is update and owed == Owed()
