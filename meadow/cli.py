@@ -122,6 +122,13 @@ def _add_tools(commands: Any) -> None:
         "--seeds", type=_positive, default=0, help="how many seeds (default: 3; zo-learning: 5)"
     )
     bench.add_argument("--only", default="", help="comma-separated cases to run")
+    bench.add_argument(
+        "--reuse",
+        metavar="COMMIT",
+        action="append",
+        default=[],
+        help="what this other commit has measured into --out counts too, and the page says so",
+    )
 
 
 def _count(text: str) -> int:
@@ -275,9 +282,14 @@ def _bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     own |= dict.fromkeys(zo_bench.NAMES, zo_bench.run)
     measure = own.get(options.name) or bench.run
     seeds = options.seeds or (5 if options.name == "zo-learning" else 3)
+    more = {}
+    if options.reuse:
+        if options.name in ("zo", *own.keys() - set(zo_bench.NAMES)):
+            raise ConfigError(f"bench {options.name} keeps no results", "leave --reuse out")
+        more["reuse"] = options.reuse
     with Display(console) as display:
         report, text = measure(
-            options.name, options.out, options.model, seeds, options.only, display.enter
+            options.name, options.out, options.model, seeds, options.only, display.enter, **more
         )
     Console().print(text, markup=False, highlight=False)
     return report

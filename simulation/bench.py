@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -122,7 +122,13 @@ def refine_task(model: str, data: Path) -> dict[str, Config]:
 
 
 def run(
-    name: str, out: Path, model: str, seeds: int, only: str, phase: Callable[[str], None]
+    name: str,
+    out: Path,
+    model: str,
+    seeds: int,
+    only: str,
+    phase: Callable[[str], None],
+    reuse: Collection[str] = (),
 ) -> tuple[dict[str, Any], str]:
     """The report (JSON) and the table (Markdown) of "strategies" or "refine"; both also written
     into `out`."""
@@ -131,7 +137,7 @@ def run(
     base = model or str((models / "stories260K").resolve())
     found = tasks(base, data) if name == "strategies" else refine_task(base, data)
     wanted = wanted_of(name, only, list(found))
-    kept = kept_in(out)
+    kept = kept_in(out, reuse)
     arms = ARMS if name == "strategies" else REFINEMENTS
     rows: list[dict[str, Any]] = []
     for case, config in found.items():
@@ -141,24 +147,32 @@ def run(
                 for seed in range(1, seeds + 1):
                     measured.measure(seed, arms)
                 rows += measured.rows()
-    return publish(name, out, rows, page)
+    return publish(name, out, rows, page, kept.others)
 
 
-def kept_in(out: Path) -> KeptResults:
+def kept_in(out: Path, reuse: Collection[str] = ()) -> KeptResults:
     """The results that a bench of hours keeps in its folder, as it goes.
 
     Raises OSError where the folder cannot be written: before the hours of measuring.
     """
     out.mkdir(parents=True, exist_ok=True)
-    origin = provenance()
-    return KeptResults(out / "measured.jsonl", {k: origin[k] for k in ("hardware", "commit")})
+    origin = {key: provenance()[key] for key in ("hardware", "commit")}
+    return KeptResults(out / "measured.jsonl", origin, reuse)
 
 
 def publish(
-    name: str, out: Path, rows: list[dict[str, Any]], page: Callable[[dict[str, Any]], str]
+    name: str,
+    out: Path,
+    rows: list[dict[str, Any]],
+    page: Callable[[dict[str, Any]], str],
+    reused: Sequence[str] = (),
 ) -> tuple[dict[str, Any], str]:
-    """Write a benchmark's report, `<name>.json`, and the page that is made of it, `<name>.md`."""
+    """Write a benchmark's report, `<name>.json`, and the page that is made of it, `<name>.md`.
+
+    `reused` are the other commits that have measured some of it.
+    """
     report = {"bench": name, **provenance(), "rows": rows}
+    report["commit"] += "".join(f" and {commit}" for commit in reused)
     text = page(report)
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,13 @@ NAMES = ("zo", "zo-learning")
 
 
 def run(
-    name: str, out: Path, model: str, seeds: int, only: str, phase: Callable[[str], None]
+    name: str,
+    out: Path,
+    model: str,
+    seeds: int,
+    only: str,
+    phase: Callable[[str], None],
+    reuse: Collection[str] = (),
 ) -> tuple[dict[str, Any], str]:
     """Measure the cases that `only` names (empty: all); the report and the page, also in `out`.
 
@@ -27,7 +33,9 @@ def run(
         wanted = wanted_of(name, only, zo_speed.CASES)
         return publish(name, out, zo_speed.run(phase, wanted), speed_page)
     wanted = wanted_of(name, only, list(zo_learning.CASES))
-    return publish(name, out, zo_learning.run(phase, kept_in(out), wanted, seeds), learning_page)
+    kept = kept_in(out, reuse)
+    rows = zo_learning.run(phase, kept, wanted, seeds)
+    return publish(name, out, rows, learning_page, kept.others)
 
 
 def speed_page(report: dict[str, Any]) -> str:

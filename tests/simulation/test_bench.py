@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from meadow.cli import main
 from meadow.config import Config
 from meadow.errors import DataError, UpdateError
 from meadow.simulation import baselines, bench, zo_bench, zo_speed
@@ -97,3 +98,18 @@ def test_missing_text_and_unknown_cases_are_clear(
     silent: Any = lambda phase: None  # noqa: E731
     with pytest.raises(DataError, match="MEADOW_DATA"):
         bench.run("strategies", tmp_path, "nano", 1, "", silent)
+
+
+@pytest.mark.parametrize("name", ["zo", "deploy", "serve"])
+def test_a_bench_that_keeps_no_results_reuses_none(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", name, "--reuse", "abc1234", "--out", str(tmp_path / "bench")]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"bench {name} keeps no results" in said and "leave --reuse out" in said
+    assert not (tmp_path / "bench").exists()
+
+
+def test_a_report_names_every_commit_that_measured_some_of_it(tmp_path: Path) -> None:
+    report, text = bench.publish("x", tmp_path, [], lambda told: told["commit"], ["abc1234"])
+    assert text == report["commit"] and text.endswith(" and abc1234")

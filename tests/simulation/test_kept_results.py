@@ -13,10 +13,10 @@ from meadow.simulation.kept_results import KeptResults
 HERE = {"commit": "abc1234", "hardware": "a machine"}
 
 
-def measured(path: Path, origin: dict[str, str], keys: str) -> str:
+def measured(path: Path, origin: dict[str, str], keys: str, *reuse: str) -> str:
     """The keys that had to be measured."""
     done: list[str] = []
-    kept = KeptResults(path, origin)
+    kept = KeptResults(path, origin, reuse)
     for key in keys:
 
         def measure(key: str = key) -> dict[str, str]:
@@ -70,3 +70,42 @@ def test_a_file_that_was_edited_is_named(tmp_path: Path) -> None:
     path.write_text(path.read_text() + "{\n")
     with pytest.raises(DataError, match="measured.jsonl"):
         KeptResults(path, HERE)
+
+
+# Results of other commits
+
+
+NEWER, NEWEST = {**HERE, "commit": "def5678"}, {**HERE, "commit": "fed9876"}
+
+
+def test_what_another_commit_measured_counts_where_it_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "measured.jsonl"
+    measured(path, HERE, "ab")
+    assert measured(path, NEWER, "abc", "abc1234") == "c"
+    assert measured(path, NEWER, "abc") == "", "from then on the file says whose each line is"
+    assert measured(path, NEWEST, "abc", "def5678") == "ab", "of the other named commit c alone"
+
+
+def test_the_commits_of_what_was_used_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "measured.jsonl"
+    measured(path, HERE, "a")
+    measured(path, NEWER, "b", "abc1234")
+    kept = KeptResults(path, NEWEST, ["abc1234", "def5678"])
+    assert kept.others == []
+    for key, others in (("c", []), ("b", ["def5678"]), ("a", ["abc1234", "def5678"])):
+        assert kept.result([key, 0.1], dict) == ({} if key == "c" else {"of": key})
+        assert kept.others == others
+    assert measured(path, NEWEST, "ab") == ""
+
+
+@pytest.mark.parametrize(
+    ("origin", "reuse"), [(NEWER, "0000000"), ({**NEWER, "hardware": "another"}, "abc1234")]
+)
+def test_a_commit_that_measured_nothing_here_is_named_before_anything_is_lost(
+    tmp_path: Path, origin: dict[str, str], reuse: str
+) -> None:
+    path = tmp_path / "measured.jsonl"
+    measured(path, HERE, "a")
+    with pytest.raises(DataError, match=f"has no results of {reuse} on .*first line"):
+        KeptResults(path, origin, [reuse])
+    assert measured(path, HERE, "a") == ""
