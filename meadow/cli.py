@@ -119,7 +119,10 @@ def _add_tools(commands: Any) -> None:
         "--model", default="", help="base model (default: stories260K of MEADOW_MODELS)"
     )
     bench.add_argument(
-        "--seeds", type=_positive, default=0, help="how many seeds (default: 3; zo-learning: 5)"
+        "--seeds",
+        type=_positive,
+        default=0,
+        help="how many seeds (default: 3; zo-learning: 5, or 3)",
     )
     bench.add_argument("--only", default="", help="comma-separated cases to run")
     bench.add_argument(

@@ -59,8 +59,7 @@ def speed_page(report: dict[str, Any]) -> str:
 
 
 def learning_page(report: dict[str, Any]) -> str:
-    seeds = max(row["seeds"] for row in report["rows"])
-    about = f"A cell is the mean over {seeds} seeds ± half their range."
+    about = "A cell is the mean over the seeds ± half their range; differences are paired by seed."
     return "\n".join(_head(report, about)) + "\n" + zo_learning.markdown(report["rows"])
 
 

@@ -2,12 +2,14 @@
 beside many, first order beside zeroth.
 
 Every arm of a case reads the same text.  On the first seed it chooses its learning rate from the
-grid that all zeroth-order (or all first-order) arms share, and keeps it for the others.  A share is
-the arm's improvement of the held-out loss over that of the case's reference, seed by seed.
+grid that all zeroth-order (or all first-order) arms share, and keeps it for the others: it walks
+from the grid's middle to whichever side is better, until the next rate is worse.  A share is the
+arm's improvement of the held-out loss over that of the case's reference, seed by seed.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +29,7 @@ from .zo_arms import Arm, Outcome, domain, federated, full_rank, mezo, rank_one,
 ZEROTH_RATES = (3e-5, 6e-5, 1.2e-4, 2.4e-4, 5e-4, 1e-3)
 FIRST_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SEEDS = 5
+FEWER_SEEDS = 3  # of cases that promise nothing to be paired over five
 STEPS = 600  # of one client that holds all text
 ROUNDS = 10
 
@@ -43,12 +46,13 @@ class Case:
     config: Config
     arms: tuple[Arm, ...]
     bars: dict[str, float]  # by arm: the least share that the project promises
+    seeds: int = SEEDS  # the most
 
     def measure(self, seeds: Sequence[int], phase: Phase, kept: KeptResults) -> list[Row]:
         """A row for each arm.  Raises UpdateError where one diverged at every rate."""
         found: dict[str, list[Outcome]] = {arm.name: [] for arm in self.arms}
         chosen: dict[str, float] = {}
-        for seed in seeds:
+        for seed in seeds[: self.seeds]:
             config = self.config.replace(rounds={"seed": seed})
             lab = open_lab(config)
             for arm in self.arms:
@@ -61,16 +65,21 @@ class Case:
     def _best(
         self, arm: Arm, lab: Lab, config: Config, rates: Sequence[float], kept: KeptResults
     ) -> tuple[float, Outcome]:
-        """The rate with the lowest loss, and what it led to; rates that diverge are passed over."""
-        found = []
-        for lr in rates:
+        """The rate with the lowest loss on the way, and what it led to."""
+        found: dict[float, Outcome] = {}
+
+        def loss(lr: float) -> float:
             key = {"case": self.name, "arm": arm.name, "lr": lr, "config": config.digest()}
             outcome = kept.result(key, partial(_outcome, arm, lab, config, lr))
-            if outcome is not None:
-                found.append((lr, Outcome(**outcome)))
-        if not found:
+            if outcome is None:  # it diverged
+                return math.inf
+            found[lr] = Outcome(**outcome)
+            return found[lr].loss
+
+        best = lowest(loss, rates)
+        if best not in found:
             raise UpdateError(f"{arm.name} diverged at every learning rate")
-        return min(found, key=lambda pair: pair[1].loss)
+        return best, found[best]
 
     def _row(self, arm: Arm, lr: float, found: dict[str, list[Outcome]]) -> Row:
         outcomes = found[arm.name]
@@ -97,6 +106,25 @@ class Case:
         }
 
 
+def lowest(loss: Callable[[float], float], rates: Sequence[float]) -> float:
+    """Where a loss with one valley over a rising grid is lowest, found by walking from its middle.
+
+    Training that diverges has an infinite loss: from there the way is down, to smaller rates.
+    """
+    at = (len(rates) - 1) // 2
+    here = loss(rates[at])
+    for towards in (1, -1):
+        begun = at
+        while 0 <= at + towards < len(rates):
+            there = loss(rates[at + towards])
+            if there >= here and not (here == math.inf and towards < 0):
+                break
+            at, here = at + towards, there
+        if at != begun:
+            break
+    return rates[at]
+
+
 def run(
     phase: Phase,
     kept: KeptResults,
@@ -119,13 +147,20 @@ def run(
 
 
 def fresh_or_pool(name: str, config: Config, steps: int) -> Case:
-    """One client that holds all text: a pool's directions beside fresh ones, at equal passes."""
+    """One client that holds all text: a pool's directions beside fresh ones, at equal passes.
+
+    A step's rows share one direction, as MeZO's do, or have one each.
+    """
     config = _stepped(config, steps, 1)
+    rows = config.clients.batch
     arms = [("MeZO, Gaussian, fresh", mezo()), ("rank-one signs, fresh", rank_one())]
     arms += [("full-rank signs, fresh", full_rank())]
     arms += [("pool, r = 64", zeroth(64, stands_for=1))]
-    bars = {"pool, r = 64": 0.95} if name == "nano" else {}
-    return Case(f"fresh_or_pool, {name}", config, _arms(arms, ZEROTH_RATES), bars)
+    arms += [(f"{arms[-1][0]}, a direction a row", zeroth(64, stands_for=1, directions=rows))]
+    promised = name == "nano"
+    bars = dict.fromkeys((arm for arm, _ in arms[-2:]), 0.95) if promised else {}
+    seeds = SEEDS if promised else FEWER_SEEDS
+    return Case(f"fresh_or_pool, {name}", config, _arms(arms, ZEROTH_RATES), bars, seeds)
 
 
 def federated_or_alone(name: str, config: Config, steps: int, clients: int) -> Case:
@@ -145,7 +180,7 @@ def cores_or_factors(name: str, config: Config) -> Case:
     for rank, cores in ((32, "shared"), (64, "shared"), (32, "per_layer"), (64, "per_layer")):
         train = federated("pool_lora", rank, cores=cores, unit=30)
         arms.append((f"pool_lora, r = {rank}, {cores}", train))
-    return Case(f"cores_or_factors, {name}", config, _arms(arms, FIRST_RATES), {})
+    return Case(f"cores_or_factors, {name}", config, _arms(arms, FIRST_RATES), {}, FEWER_SEEDS)
 
 
 def mixed_order(name: str, config: Config, holder: str) -> Case:
@@ -203,8 +238,8 @@ def markdown(rows: Sequence[Row]) -> str:
             "",
             f"Base loss {own[0]['base_loss']:.4f}; {own[0]['seeds']} seeds.",
             "",
-            f"| arm | held-out loss | {own[0]['unit']} | bar | lr | sent up |",
-            "|---|--:|--:|--:|--:|--:|",
+            f"| arm | held-out loss | {own[0]['unit']} | bar | below the last | lr | sent up |",
+            "|---|--:|--:|--:|--:|--:|--:|",
             *map(_line, own),
             "",
         ]
@@ -214,9 +249,11 @@ def markdown(rows: Sequence[Row]) -> str:
 def _line(row: Row) -> str:
     size = "" if row["bytes_up"] is None else f"{row['bytes_up'] / 1e3:,.1f} kB"
     bar = "" if row["bar"] is None else f"≥ {row['bar']:g}"
+    below = row["below_last"]
     return (
         f"| {row['case'].partition('/')[2]} | {row['loss']:.4f} ± {row['loss_spread']:.4f} "
-        f"| {row['value']:.3f} ± {row['spread']:.3f} | {bar} | {row['lr']:g} | {size} |"
+        f"| {row['value']:.3f} ± {row['spread']:.3f} | {bar} "
+        f"| {mean(below):.4f} ± {_half_range(below):.4f} | {row['lr']:g} | {size} |"
     )
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import config_over
 
 from meadow.config import Config
@@ -177,7 +179,7 @@ def test_rates_are_chosen_on_the_first_seed_and_stay(config: Config, kept: KeptR
     )
     said: list[str] = []
     rows = Case("c", config, arms, {"own": 0.4}).measure([1, 2], said.append, kept)
-    assert calls == [(1, 1), (1, 2), (1, 3), (1, 4), (2, 2)]
+    assert calls == [(1, 2), (1, 3), (1, 1), (2, 2)]
     assert len(said) == 4
     own = rows[1]
     shares = [(4 - 3.0) / (4 - 2.0), (4 - 3.1) / (4 - 2.1)]
@@ -188,13 +190,43 @@ def test_rates_are_chosen_on_the_first_seed_and_stay(config: Config, kept: KeptR
     assert own["below_last"] == [0.0, 0.0] and rows[0]["below_last"] == pytest.approx([1.0, 1.0])
     assert rows[0]["value"] == 1.0 and own["unit"] == "share of reference"
     page = zo_learning.markdown(rows)
-    assert "| own | 3.0500 ± 0.0500 | 0.487 ± 0.013 | ≥ 0.4 | 2 | 0.0 kB |" in page
+    assert (
+        "| own | 3.0500 ± 0.0500 | 0.487 ± 0.013 | ≥ 0.4 | 0.0000 ± 0.0000 | 2 | 0.0 kB |" in page
+    )
 
 
 def test_an_arm_that_always_diverges_is_named(config: Config, kept: KeptResults) -> None:
     arms = (Arm("wild", scripted({1.0: 999}, []), (1.0,)),)
     with pytest.raises(UpdateError, match="wild diverged"):
         Case("c", config, arms, {}).measure([1], lambda text: None, kept)
+
+
+@given(st.lists(st.integers(0, 99), min_size=1, max_size=9, unique=True), st.data())
+def test_the_walk_ends_in_the_valley(losses: list[int], data: st.DataObject) -> None:
+    """Of any grid with one valley, whose upper end may diverge; no rate is tried twice."""
+    low = data.draw(st.integers(0, len(losses) - 1))
+    wild = data.draw(st.integers(low + 1, len(losses)))
+    down, up = sorted(losses[:low], reverse=True), sorted(losses[low + 1 :])
+    valley = [*down, -1, *up]
+    table: list[float] = [x if at < wild else math.inf for at, x in enumerate(valley)]
+    tried: list[int] = []
+
+    def loss(rate: float) -> float:
+        tried.append(int(rate))
+        return table[int(rate)]
+
+    assert zo_learning.lowest(loss, range(len(table))) == low
+    assert len(tried) == len(set(tried))
+
+
+def test_of_the_grid_only_the_way_is_tried() -> None:
+    tried: list[float] = []
+
+    def loss(rate: float) -> float:
+        tried.append(rate)
+        return abs(rate - 2)
+
+    assert zo_learning.lowest(loss, range(9)) == 2 and tried == [4, 5, 3, 2, 1]
 
 
 # --- the cases of the issue ----------------------------------------------------------------------
@@ -242,6 +274,7 @@ def test_every_case_runs_to_its_rows(here: None, kept: KeptResults) -> None:
         assert math.isfinite(row["value"]) and row["seeds"] == 1
     bars = {row["case"]: row["bar"] for row in rows if row["bar"] is not None}
     assert bars == {"fresh_or_pool, nano/pool, r = 64": 0.95,
+                    "fresh_or_pool, nano/pool, r = 64, a direction a row": 0.95,
                     "federated_or_alone, nano/8 clients": 0.9}  # fmt: skip
 
 
