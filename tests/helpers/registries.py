@@ -84,4 +84,14 @@ def place(registry: Registry, id: str) -> Path:
     return registry.folder / "versions" / id
 
 
+def changed(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    path = folder / name
+    path.write_bytes(change(path.read_bytes()))
+
+
+def flip(data: bytes) -> bytes:
+    """With another last bit."""
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
 FILES = (CONFIG, WEIGHTS, MANIFEST)
