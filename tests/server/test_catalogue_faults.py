@@ -1,5 +1,6 @@
 """What a name means while versions break, trust is withdrawn, the disk fails or the registry is
-away: nothing is served that does not verify, and what last did goes on."""
+away: nothing is served that does not verify, and what last did goes on.
+"""
 
 from __future__ import annotations
 
