@@ -79,9 +79,24 @@ def open_registry(
     return Registry.open(root / "registry", who, disk, clock or Clock())
 
 
+def publish(registry: Registry, *numbers: int, name: str = "mail") -> list[str]:
+    """The ids of versions with the weights of these numbers."""
+    return [registry.keep(name, adapter(number)).id for number in numbers]
+
+
 def place(registry: Registry, id: str) -> Path:
     """Where a content's files are."""
     return registry.folder / "versions" / id
+
+
+def changed(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    path = folder / name
+    path.write_bytes(change(path.read_bytes()))
+
+
+def flip(data: bytes) -> bytes:
+    """With another last bit."""
+    return data[:-1] + bytes([data[-1] ^ 1])
 
 
 FILES = (CONFIG, WEIGHTS, MANIFEST)

@@ -1,13 +1,11 @@
-"""The registry: what a version is, where aliases point, and what is kept out."""
+"""The registry: what a version is, how changes are told, and how its folder is opened."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -20,10 +18,12 @@ from registries import (
     STRANGER,
     Clock,
     adapter,
+    changed,
     open_registry,
     place,
+    publish,
     write_run,
-)  # fmt: skip
+)
 from safetensors.torch import load_file
 
 from meadow.errors import (
@@ -38,18 +38,9 @@ from meadow.errors import (
     UnknownAdapterError,
 )
 from meadow.server.registry import Registry, default_folder
-from meadow.server.registry_gates import Checked, Verdict
 from meadow.server.registry_runs import publish_run
 
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    with open_registry(tmp_path) as registry:
-        yield registry
-
-
-def publish(registry: Registry, *numbers: int, name: str = "mail") -> list[str]:
-    return [registry.keep(name, adapter(number)).id for number in numbers]
+pytest_plugins = ("registry_fixtures",)
 
 
 def numbers_of(registry: Registry, name: str = "mail") -> list[int]:
@@ -143,223 +134,6 @@ def test_a_name_that_was_signed_binds(registry: Registry, tmp_path: Path) -> Non
     with pytest.raises(RegistryError, match="signed to be published as 'team/mail'"):
         publish_run(registry, free, "mail")  # the same content is here under that manifest
     assert registry.versions("mail") == []
-
-
-# What is kept out
-
-
-def changed(folder: Path, name: str, change: Callable[[bytes], bytes]) -> None:
-    path = folder / name
-    path.write_bytes(change(path.read_bytes()))
-
-
-def flip(data: bytes) -> bytes:
-    return data[:-1] + bytes([data[-1] ^ 1])
-
-
-def link(folder: Path, name: str) -> None:
-    (folder / name).rename(folder.parent.parent / name)
-    (folder / name).symlink_to(folder.parent.parent / name)
-
-
-def pipe(folder: Path, name: str) -> None:
-    (folder / name).unlink()
-    os.mkfifo(folder / name)
-
-
-def bury(folder: Path, name: str) -> None:
-    (folder / name).unlink()
-    (folder / name).mkdir()
-
-
-EDITS: Mapping[str, Callable[[Path], object]] = {
-    "weights": lambda folder: changed(folder, "adapter_model.safetensors", flip),
-    "cut weights": lambda folder: changed(folder, "adapter_model.safetensors", lambda d: d[:-3]),
-    "empty weights": lambda folder: changed(folder, "adapter_model.safetensors", lambda d: b""),
-    "config": lambda folder: changed(folder, "adapter_config.json", lambda d: d + b" "),
-    "manifest": lambda folder: changed(folder, "manifest.json", lambda d: d + b" "),
-    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
-    "no config": lambda folder: (folder / "adapter_config.json").unlink(),
-    "pickle": lambda folder: (folder / "adapter_model.bin").write_bytes(b"\x80\x04."),
-    "link": lambda folder: link(folder, "adapter_model.safetensors"),
-    "linked manifest": lambda folder: link(folder, "manifest.json"),
-    "pipe": lambda folder: pipe(folder, "adapter_config.json"),
-    "no folder": lambda folder: shutil.rmtree(folder),
-    "folder in a file's place": lambda folder: bury(folder, "manifest.json"),
-}
-
-
-@pytest.mark.parametrize("edit", EDITS)
-def test_an_edited_version_is_found_kept_out_and_mended(
-    registry: Registry, tmp_path: Path, edit: str
-) -> None:
-    one, two = publish(registry, 1, 2)
-    registry.promote("mail@v1")
-    registry.promote("mail@v2", "canary")
-    EDITS[edit](place(registry, two))
-    with pytest.raises((AdapterError, FormatError)) as caught:
-        registry.verify("mail@v2")
-    assert "\n" not in str(caught.value)
-    with pytest.raises((AdapterError, FormatError)):
-        registry.lease("mail@canary")
-    with pytest.raises((AdapterError, FormatError)):
-        registry.promote("mail@v2")
-    assert registry.resolve("mail").id == one
-    seen = registry.revision()
-    assert registry.keep("mail", adapter(2)).number == 2
-    registry.verify("mail@v2")
-    assert [entry.kind for entry in registry.changes(seen)] == ["mended"]
-    assert sorted(path.name for path in place(registry, two).iterdir()) == sorted(FILES)
-
-
-def test_swapped_versions_are_found(registry: Registry) -> None:
-    """Each is whole and signed, in the other's place."""
-    one, two = publish(registry, 1, 2)
-    place(registry, one).rename(place(registry, one).with_name("x"))
-    place(registry, two).rename(place(registry, one))
-    place(registry, one).with_name("x").rename(place(registry, two))
-    for text in ("mail@v1", "mail@v2"):
-        with pytest.raises(AdapterError, match="was changed after"):
-            registry.verify(text)
-
-
-def test_an_older_signed_manifest_is_found(registry: Registry, tmp_path: Path) -> None:
-    """A trusted key signed it, and it is not what was published."""
-    version = publish_run(registry, write_run(tmp_path / "a", loss=2.0), "mail")
-    other = write_run(tmp_path / "b", loss=1.0)
-    shutil.copy(other / "manifest.json", place(registry, version.id) / "manifest.json")
-    with pytest.raises(AdapterError, match="was changed after"):
-        registry.verify(version)
-
-
-def test_nothing_of_a_stranger_is_published(registry: Registry, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", signer=STRANGER)
-    with pytest.raises(IdentityError, match="by no key that is trusted"):
-        publish_run(registry, run, "mail")
-    assert registry.versions() == [] and not list((registry.folder / "versions").iterdir())
-    registry.trust(STRANGER.public, "the other ward")
-    publish_run(registry, run, "mail")
-    assert registry.labels()[STRANGER.key_id] == "the other ward"
-
-
-def test_another_base_is_refused(registry: Registry, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", base_digest="be" * 32)
-    with pytest.raises(AdapterError, match="was trained on base"):
-        publish_run(registry, run, "mail", blueprint=BLUEPRINT)
-    version = publish_run(registry, run, "mail")
-    with pytest.raises(AdapterError, match="was trained on base"):
-        registry.lease(version, BLUEPRINT)
-
-
-@pytest.mark.parametrize("name", ["", "../x", "a/b/c", ".x", "a..b", "/etc", "a\n", "ä", "x" * 65])
-def test_a_name_never_is_a_path(registry: Registry, tmp_path: Path, name: str) -> None:
-    run = write_run(tmp_path / "run")
-    with pytest.raises(RegistryError, match="cannot be an adapter's name"):
-        publish_run(registry, run, name)
-    for ask in (registry.resolve, registry.versions, registry.rollback):
-        if name:
-            with pytest.raises(RegistryError):
-                ask(name)
-
-
-# Aliases
-
-
-def test_rollback_goes_further_back_each_time(registry: Registry) -> None:
-    publish(registry, 1, 2, 3)
-    for text in ("mail@v1", "mail@v2", "mail@v2", "mail@v3"):
-        registry.promote(text, why=f"try {text}")
-    assert [registry.rollback("mail", why="worse").number for _ in range(2)] == [2, 1]
-    with pytest.raises(RegistryError, match="no earlier version"):
-        registry.rollback("mail")
-    registry.promote("mail@v3")
-    assert registry.rollback("mail").number == 1
-    moves = registry.history("mail", "prod")
-    assert [entry.kind for entry in moves] == ["moved"] * 3 + ["rolled back"] * 2 + [
-        "moved", "rolled back",
-    ]  # fmt: skip
-    assert {entry.who for entry in moves} == {ME.key_id}
-    assert [moves[0].why, moves[3].why] == ["try mail@v1", "worse"]
-    assert [entry.before for entry in moves[1:]] == [entry.after for entry in moves[:-1]]
-
-
-def test_rollback_passes_over_what_no_longer_verifies(registry: Registry) -> None:
-    one, two, _ = publish(registry, 1, 2, 3)
-    for number in (1, 2, 3):
-        registry.promote(f"mail@v{number}")
-    changed(place(registry, two), "adapter_model.safetensors", flip)
-    assert registry.rollback("mail").id == one
-
-
-def test_rollback_of_what_never_was(registry: Registry) -> None:
-    publish(registry, 1)
-    with pytest.raises(UnknownAdapterError, match="no alias prod"):
-        registry.rollback("mail")
-
-
-class Fixed:
-    """A gate that has made up its mind, and keeps what it was asked."""
-
-    def __init__(self, *reasons: str) -> None:
-        self.reasons = reasons
-        self.asked: list[tuple[str, str | None]] = []
-
-    def check(self, candidate: Checked, current: Checked | None) -> Verdict:
-        now = None if current is None else str(current.version)
-        self.asked.append((str(candidate.version), now))
-        return Verdict(not self.reasons, self.reasons, {"loss": 1.5})
-
-
-def test_a_gate_is_asked_and_its_refusal_kept(registry: Registry) -> None:
-    one, two = publish(registry, 1, 2)
-    passes, refuses = Fixed(), Fixed("too bad", "too old")
-    registry.promote("mail@v1", gate=passes)
-    with pytest.raises(
-        PromotionError, match="mail@v2 is not promoted to prod: too bad; too old"
-    ) as e:
-        registry.promote("mail@v2", gate=refuses)
-    assert e.value.reasons == ("too bad", "too old")
-    assert passes.asked == [("mail@v1", None)] and refuses.asked == [("mail@v2", "mail@v1")]
-    assert registry.resolve("mail").id == one
-    moved, refused = registry.history("mail", "prod")
-    assert (moved.kind, dict(moved.figures)) == ("moved", {"loss": 1.5})
-    assert (refused.kind, refused.before, refused.after) == ("refused", one, two)
-    assert refused.why == "too bad; too old"
-
-
-def test_a_gate_is_asked_again_where_the_alias_moved_meanwhile(
-    registry: Registry, tmp_path: Path
-) -> None:
-    publish(registry, 1, 2, 3)
-    registry.promote("mail@v1")
-
-    class Overtaken(Fixed):
-        def check(self, candidate: Checked, current: Checked | None) -> Verdict:
-            if not self.asked:
-                with open_registry(tmp_path) as other:
-                    other.promote("mail@v2")
-            return super().check(candidate, current)
-
-    gate = Overtaken()
-    registry.promote("mail@v3", gate=gate)
-    assert gate.asked == [("mail@v3", "mail@v1"), ("mail@v3", "mail@v2")]
-    assert registry.rollback("mail").number == 2
-
-
-def test_what_does_not_verify_any_more_can_be_replaced(registry: Registry) -> None:
-    one, _ = publish(registry, 1, 2)
-    registry.promote("mail@v1")
-    changed(place(registry, one), "adapter_model.safetensors", flip)
-    gate = Fixed()
-    registry.promote("mail@v2", gate=gate)
-    assert gate.asked == [("mail@v2", None)]
-
-
-@pytest.mark.parametrize("alias", ["", "v7", "a b", "../x", "sha256:" + "0" * 12, "-x", "x" * 65])
-def test_an_alias_is_a_word(registry: Registry, alias: str) -> None:
-    publish(registry, 1)
-    with pytest.raises(RegistryError, match="cannot be an alias"):
-        registry.promote("mail@v1", alias)
 
 
 # Watching
