@@ -22,7 +22,10 @@ def provenance() -> dict[str, Any]:
         check=False,
     )
     cores, threads = os.cpu_count(), torch.get_num_threads()
-    hardware = f"{platform.machine()}, {cores} cores, torch {torch.__version__}, {threads} thread"
+    hardware = (
+        f"{platform.machine()}, {cores} cores, torch {torch.__version__}, "
+        f"{threads} {'thread' if threads == 1 else 'threads'}"
+    )
     return {
         "hardware": hardware,
         "commit": git.stdout.strip() or "unknown",
