@@ -12,6 +12,7 @@ not, is passed through with the header `x-adapter-version`.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import io
 import json
@@ -125,7 +126,7 @@ class ModelGateway:
         while (replica := self._routes.having(target.name, tried)) is not None:
             tried.append(replica)
             with replica.busy():
-                answer = await _ask(replica, request.path, body)
+                answer = await self._ask(replica, target, tried, request.path, body)
                 if answer is None or answer.status in _LOST:
                     replica.ready.discard(target.name)  # until the publisher has seen to it
                     if answer is not None:
@@ -137,8 +138,28 @@ class ModelGateway:
         response.headers["Retry-After"] = str(_RETRY_SECONDS)
         return response
 
+    async def _ask(
+        self, replica: Replica, target: Target, tried: Collection[Replica], path: str, body: bytes
+    ) -> aiohttp.ClientResponse | None:
+        """A server's answer; None where it cannot be reached, or is found to have stopped answering
+        before it began and another one can be asked."""
+        asking = asyncio.create_task(_post(replica, path, body))
+        losing = asyncio.create_task(replica.lost())
+        try:
+            await asyncio.wait({asking, losing}, return_when=asyncio.FIRST_COMPLETED)
+            if not asking.done() and self._routes.having(target.name, tried) is None:
+                await asyncio.wait({asking})
+            return await asking if asking.done() else None
+        except asyncio.CancelledError:  # who asked has gone
+            if asking.done() and (answer := asking.result()) is not None:
+                answer.close()
+            raise
+        finally:
+            asking.cancel()
+            losing.cancel()
 
-async def _ask(replica: Replica, path: str, body: bytes) -> aiohttp.ClientResponse | None:
+
+async def _post(replica: Replica, path: str, body: bytes) -> aiohttp.ClientResponse | None:
     """Hand a request on, with nothing of its sender but the body, and with the server's own key;
     None where the server cannot be reached."""
     try:

@@ -6,6 +6,7 @@ weights of answers under way, and leaves stale prefixes in the cache.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,12 +35,20 @@ class Replica:
     """A server at `url`, and what it was last seen to have."""
 
     def __init__(
-        self, url: str, session: aiohttp.ClientSession, key: str = "", seconds: float = 60.0
+        self,
+        url: str,
+        session: aiohttp.ClientSession,
+        key: str = "",
+        seconds: float = 60.0,
+        look_seconds: float = 10.0,
     ) -> None:
-        """`key` is the server's own API key; `seconds` is how long an answer may take."""
+        """`key` is the server's own API key; `seconds` is how long an answer may take, and
+        `look_seconds` the list of its models, which costs it nothing."""
         self.url, self.session = url.rstrip("/"), session
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=5)
+        self._look_timeout = aiohttp.ClientTimeout(total=min(look_seconds, seconds), sock_connect=5)
+        self._lost = asyncio.Event()
         self.cards: Mapping[str, Card] | None = None
         """By name, as of the last look; None while it cannot be reached."""
         self.ready: set[str] = set()
@@ -66,7 +75,7 @@ class Replica:
     async def look(self) -> None:
         """See what it has now; nothing of what it lost, in a restart perhaps, stays ready."""
         try:
-            self.cards = _cards(await self._ask("GET", "/v1/models"))
+            self.cards = _cards(await self._ask("GET", "/v1/models", timeout=self._look_timeout))
         except ReplicaError:
             self.gone()
             raise
@@ -76,6 +85,12 @@ class Replica:
         """It cannot be reached: what it has, the next look shows."""
         self.cards = None
         self.ready.clear()
+        self._lost.set()
+        self._lost = asyncio.Event()
+
+    async def lost(self) -> None:
+        """Returns once it could not be reached."""
+        await self._lost.wait()
 
     async def load(self, name: str, path: str) -> None:
         """Load an adapter under a name that it does not have.  Raises ReplicaError."""
@@ -116,7 +131,13 @@ class Replica:
                     raise
         return await self._ask("POST", "/v1/completions", {**asked, "prompt": canary.plain})
 
-    async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        timeout: aiohttp.ClientTimeout | None = None,
+    ) -> Any:
         """The answer's JSON, or its text where it is none.  Raises ReplicaError."""
         try:
             async with self.session.request(
@@ -124,7 +145,7 @@ class Replica:
                 self.url + path,
                 json=body,
                 headers=self.headers,
-                timeout=self._timeout,
+                timeout=timeout or self._timeout,
                 allow_redirects=False,
             ) as answer:
                 data, status = await self._read(answer), answer.status

@@ -6,8 +6,8 @@ alone: `/adapters` and `/invocations` are open.  What a model says is a function
 were at its path when it was loaded, so that an answer tells which version gave it.
 
 Faults: `slow` (seconds a load takes), `refuses` (status of a load), `mute` (no completion comes),
-`hangs` (answers nothing), `held` (streams stand still); who clears `adapters` makes it lose them,
-and `stop` and `start` are a restart on the same port, which loses them too.
+`hangs` (answers nothing as long as it is set), `held` (streams stand still); who clears `adapters`
+makes it lose them, and `stop` and `start` are a restart on the same port, which loses them too.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class FakeVllm:
     async def _logged(self, request: web.Request, handler: Any) -> web.StreamResponse:
         text = await request.text()
         self.log.append((request.method, request.path, json.loads(text) if text else None))
-        if self.hangs:
-            await asyncio.sleep(3600)
+        while self.hangs:
+            await asyncio.sleep(0.01)
         guarded = request.path.startswith("/v1")
         if guarded and request.headers.get("Authorization") != f"Bearer {KEY}":
             return web.json_response({"error": "Unauthorized"}, status=401)

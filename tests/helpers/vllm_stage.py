@@ -54,7 +54,10 @@ class Stage:
     headers: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.replicas = [Replica(one.url, self.session, KEY, seconds=5.0) for one in self.servers]
+        self.replicas = [
+            Replica(one.url, self.session, KEY, seconds=5.0, look_seconds=2.0)
+            for one in self.servers
+        ]
         self.routes = ModelRoutes(self.replicas)
         self.publisher = self.make(self.routes, self.said.append, self.clock)
 

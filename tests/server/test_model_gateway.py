@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from registries import adapter
 from vllm_stage import Stage, name_of, said_by, staged
 
+from meadow.errors import ReplicaError
 from meadow.loopback import loopback_names
 from meadow.server.model_gateway import LARGEST_BODY, VERSION_HEADER, is_path
 from meadow.server.registry_names import adapter_name, alias_name
@@ -283,6 +284,57 @@ def test_a_server_that_just_lost_the_version_is_passed_over(tmp_path: Path) -> N
             assert health.status == 503
 
     play(tmp_path, scene)
+
+
+def test_who_waits_for_a_server_that_hangs_is_answered_by_another(tmp_path: Path) -> None:
+    """It takes connections and says nothing: a look finds that out, long before the asker."""
+
+    async def scene(stage: Stage) -> None:
+        for server in stage.servers:
+            server.hangs = True
+        waiting = [asyncio.create_task(stage.ask()) for _ in range(4)]
+        while sum(replica.in_flight for replica in stage.replicas) < 4:
+            await asyncio.sleep(0.01)
+        assert [replica.in_flight for replica in stage.replicas] == [2, 2]
+        stage.servers[1].hangs = False
+        with pytest.raises(ReplicaError, match="gives no answer"):
+            await stage.replicas[0].look()
+        for status, _, answer in await asyncio.gather(*waiting):
+            assert (status, answer["choices"][0]["text"]) == (200, said_by(1, "hi", 3))
+        assert [replica.in_flight for replica in stage.replicas] == [0, 0]
+        stage.servers[0].hangs = False
+
+    play(tmp_path, scene)
+
+
+def test_an_answer_that_only_one_server_can_give_is_waited_for(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.servers[0].hangs = True
+        waiting = asyncio.create_task(stage.ask())
+        while not stage.replicas[0].in_flight:
+            await asyncio.sleep(0.01)
+        with pytest.raises(ReplicaError, match="gives no answer"):
+            await stage.replicas[0].look()
+        assert (await stage.ask())[0] == 503
+        stage.servers[0].hangs = False
+        assert (await waiting)[0] == 200
+
+    play(tmp_path, scene, servers=1)
+
+
+def test_who_goes_while_a_server_hangs_leaves_nothing_under_way(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.servers[0].hangs = True
+        waiting = asyncio.create_task(stage.ask())
+        while not stage.replicas[0].in_flight:
+            await asyncio.sleep(0.01)
+        waiting.cancel()
+        while stage.replicas[0].in_flight or stage.routes.running(name_of(1)):
+            await asyncio.sleep(0.01)
+        stage.servers[0].hangs = False
+        assert (await stage.ask())[0] == 200
+
+    play(tmp_path, scene, servers=1)
 
 
 def test_an_error_of_the_server_is_passed_on(tmp_path: Path) -> None:
