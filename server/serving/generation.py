@@ -60,6 +60,10 @@ class Front:
     """Bytes."""
     body_seconds: float = 30.0
     """In which a body has to come."""
+    head_seconds: float = 30.0
+    """And what comes before it."""
+    connections: int = 768
+    """The most that are open; systems often grant a process 1,024 files."""
     openers: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(_OPENERS, "meadow-versions")
     )

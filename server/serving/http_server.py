@@ -17,6 +17,7 @@ import uvicorn
 
 from ...errors import ConfigError
 from .api import application
+from .bounded_connections import bounded
 from .generation import Front
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ class HttpServer(uvicorn.Server):
                 application(front),
                 lifespan="off",
                 ws="none",
-                http="h11",  # bounds what comes before a body; httptools takes headers of any size
+                # h11 bounds what comes before a body; httptools takes headers of any size
+                http=bounded(front.head_seconds, front.connections),
                 log_config=None,
                 access_log=False,
                 server_header=False,

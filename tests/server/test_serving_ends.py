@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 import threading
 import time
@@ -19,6 +20,7 @@ from meadow.server.serving import http_server
 from meadow.server.serving.api_keys import add_key
 from meadow.server.serving.requests import Event, Finished, Job, Token
 
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 LONG = {"model": "news", "prompt": "a", "max_tokens": 30}
 
 
@@ -137,6 +139,76 @@ def test_heads_without_end_are_refused() -> None:
                     heard += more
         assert heard.startswith(b"HTTP/1.1 4") or not heard
         assert server.front.doorway.in_flight == 0 and not server.front.meters.answers
+
+
+def opened(server: Server, said: bytes = b"") -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", server.port), PATIENCE)
+    connection.sendall(said)
+    return connection
+
+
+def ended(connection: socket.socket) -> bool:
+    """Whether the server hangs up; it says nothing before."""
+    with suppress(ConnectionResetError):
+        assert connection.recv(1) == b""
+    connection.close()
+    return True
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\nX: ", HEALTH])
+def test_a_head_that_does_not_come_ends_its_connection(said: bytes) -> None:
+    """Neither the first one of a connection, nor one after an answer; a byte now and then is no
+    head."""
+    with served(scripted_front(head_seconds=0.3)) as server:
+        slow = opened(server, said)
+        if said == HEALTH:
+            while b"\r\n\r\n" not in slow.recv(65536):
+                pass
+            slow.sendall(b"GET /hea")
+        with suppress(OSError):
+            while not select.select([slow], [], [], 0.05)[0]:
+                slow.sendall(b"x")
+        assert ended(slow)
+        assert server.ask("/health").status == 200
+
+
+def test_a_long_answer_is_no_late_head() -> None:
+    with served(slow_server(head_seconds=0.2)) as server:
+        caller = Caller(server, {**LONG, "stream": True, "max_tokens": 4})
+        for _ in range(4):
+            time.sleep(0.1)  # the head's time is over before the answer is
+            let(server, 1)
+        let(server, 4)
+        assert b'"finish_reason":"length"' in caller.until(b"[DONE]")
+        caller.hang_up()
+
+
+def test_of_too_many_connections_the_one_that_waited_longest_goes() -> None:
+    with served(slow_server(connections=3)) as server:
+        busy = Caller(server, {**LONG, "stream": True, "max_tokens": 2})
+        eventually(lambda: len(server.engine.tickets) == 1)
+        silent = [opened(server)]
+        eventually(lambda: len(server.http.server_state.connections) == 2)
+        silent.append(opened(server))
+        eventually(lambda: len(server.http.server_state.connections) == 3)
+        assert server.ask("/health").status == 200
+        assert ended(silent[0])
+        let(server, 5)
+        assert b'"finish_reason":"length"' in busy.until(b"[DONE]")
+        for connection in (busy.socket, silent[1]):
+            connection.close()
+
+
+def test_where_all_connections_are_busy_the_next_one_is_told_to_come_back() -> None:
+    with served(slow_server(connections=2)) as server:
+        busy = [Caller(server, {**LONG, "stream": True, "max_tokens": 2}) for _ in range(2)]
+        eventually(lambda: len(server.engine.tickets) == 2)
+        refused = server.ask("/health")
+        assert refused.status == 503 and refused.headers["retry-after"] == "1"
+        let(server, 10)
+        for caller in busy:
+            assert b'"finish_reason":"length"' in caller.until(b"[DONE]")
+            caller.hang_up()
 
 
 def test_a_client_that_goes_before_its_body_came_is_forgotten() -> None:
