@@ -223,7 +223,6 @@ CASES: dict[str, Callable[[int], list[Case]]] = {
     ],
     "mixed_order": lambda steps: [
         mixed_order("dolly_small", texts("nano")["dolly_small"], "summarization"),
-        mixed_order("nano", nano(8), "email"),
     ],
 }
 

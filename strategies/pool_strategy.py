@@ -41,7 +41,7 @@ class PoolStrategy(Strategy):
 
     lr: float = option(1e-4, "weight change for a projected gradient of 1", 1e-12)
     epsilon: int = option(-10, "exponent: the loss is measured at +-2^epsilon", -40, 10)
-    scale: int = option(-6, "exponent, round 1: a byte of 1 is a gradient of 2^scale", -40, 40)
+    scale: int = option(-3, "exponent, round 1: a byte of 1 is a gradient of 2^scale", -40, 40)
     adaptive_scale: bool = option(True, "the coordinator lets scale follow the bytes' size")
     directions: int = option(1, "directions measured in one batch (divides [clients] batch)", 1)
     cores: Cores = option("shared", "one core for all matrices, or per_layer")

@@ -91,9 +91,13 @@ def test_a_loss_that_is_not_finite_is_a_byte_of_zero_and_counted(town: Town) -> 
         ({"model": {"targets": ["q_proj"]}}, ModelError, "adapts other layers"),
         ({"model": {"rank": 2}}, ConfigError, "rank is 2 here, and 4 in the charter"),
         ({"strategy": {"options": {"scale": -5}}}, ConfigError, "scale is -5 here, and -6"),
-        ({"strategy": {"options": {"unit": 28}}}, ConfigError, "unit is 28"),
+        ({"strategy": {"options": {"unit": 28, "scale": -6}}}, ConfigError, "unit is 28"),
         ({"strategy": {"options": {"epsilon": -9}}}, ConfigError, "epsilon is -9"),
-        ({"strategy": {"options": {"cores": "per_layer"}}}, ConfigError, "cores is 'per_layer'"),
+        (
+            {"strategy": {"options": {"cores": "per_layer", "scale": -6}}},
+            ConfigError,
+            "cores is 'per_layer'",
+        ),
     ],
 )
 def test_what_differs_from_the_charter_is_refused_before_any_work(

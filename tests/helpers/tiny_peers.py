@@ -34,7 +34,7 @@ def peer_config(tiny: Config) -> Config:
     """Two steps a record, coarse enough to be seen in the loss."""
     return tiny.replace(
         model={"rank": 4, "alpha": 4.0},
-        strategy={"name": "fedkseed", "options": {}},
+        strategy={"name": "fedkseed", "options": {"scale": -6}},
         peer={"steps": 2, "lr": 1e-3, "sync_seconds": 0.05, "evaluate_every": 0},
     )
 

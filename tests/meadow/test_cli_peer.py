@@ -50,7 +50,7 @@ class Person:
         config = Config().replace(
             model={"base": str(base), "rank": 4, "alpha": 4.0, "device": "cpu"},
             data={"source": "rows.jsonl", "max_length": 32},
-            strategy={"name": "fedkseed", "options": {}},
+            strategy={"name": "fedkseed", "options": {"scale": -6}},
             clients={"batch": 2},
             simulation={"threads": 1},
             peer={"steps": 2, "lr": 1e-3, "sync_seconds": 0.05, **peer},

@@ -266,7 +266,6 @@ def test_every_case_runs_to_its_rows(here: None, kept: KeptResults) -> None:
         "federated_or_alone, nano",
         "cores_or_factors, nano",
         "cores_or_factors, dolly_small",
-        "mixed_order, nano",
         "mixed_order, dolly_small",
     }
     for row in rows:

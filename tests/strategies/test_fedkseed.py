@@ -34,7 +34,7 @@ RANK, SEED, STEPS = 3, 5, 4
 TURN = Turn(2, 6, SEED, STEPS, 6 * STEPS)
 RUN = run_id_of(SEED)
 FRESH = State()
-FIXED: dict[str, Any] = {"adaptive_scale": False, "gain": 1.0}
+FIXED: dict[str, Any] = {"scale": -6, "adaptive_scale": False, "gain": 1.0}
 
 
 def strategy(**options: Any) -> FedKSeed:

@@ -27,7 +27,7 @@ from meadow.strategies.zeroth_order import run_id_of
 
 RANK, SEED, STEPS = 3, 5, 4
 TURN = Turn(2, 6, SEED, STEPS, 6 * STEPS)
-MIXED: dict[str, Any] = {"zeroth": ["eve"], "adaptive_scale": False}
+MIXED: dict[str, Any] = {"scale": -6, "zeroth": ["eve"], "adaptive_scale": False}
 MULTIPLIER = round(1e-4 * 2.0**24)
 
 
