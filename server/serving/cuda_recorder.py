@@ -18,12 +18,13 @@ class CudaRecorder:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, step: Step) -> Step:
         self._warm(step)
         graph = torch.cuda.CUDAGraph()
-        # other threads, which read adapters, may go on using the device meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # what other threads do on the device meanwhile is no part of it, and no fault
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             result = step()
 
         def replay() -> torch.Tensor:
@@ -33,13 +34,13 @@ class CudaRecorder:
         return replay
 
     def _warm(self, step: Step) -> None:
-        """On a stream of its own, as PyTorch asks for."""
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
+        """On the stream that is recorded, as PyTorch asks for."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             for _ in range(_WARM):
                 step()
-        current.wait_stream(stream)
+        current.wait_stream(self._stream)
 
 
 def check_recording(device: torch.device, dtype: torch.dtype) -> None:

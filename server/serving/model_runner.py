@@ -107,6 +107,8 @@ class ModelRunner(Closeable):
 
     def close(self) -> None:
         """Give the base its own layers and attention back."""
+        if self.graphs is not None:
+            self.graphs.forget()
         self._config._attn_implementation = self._before
         self.slots.detach()
 

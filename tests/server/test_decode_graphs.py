@@ -76,7 +76,7 @@ class Pair:
     """
 
     def __init__(self, base: Callable[[], Base], recorder: Recorder = tape) -> None:
-        size = {"rows": ROWS, "length": LENGTH, "slots": SLOTS}
+        size: Any = {"rows": ROWS, "length": LENGTH, "slots": SLOTS}
         self.computed = ModelRunner(doubled(base()), **size, kernels=False)
         self.replayed = ModelRunner(doubled(base()), **size, kernels=True, recorder=recorder)
         graphs = self.replayed.graphs
@@ -125,14 +125,15 @@ class Pair:
         ]
         if not chosen:
             return
-        pairs = [[Work(busy[at], busy[2], [token]) for busy, token in chosen] for at in (0, 1)]
+        computed = [Work(one, place, [token]) for (one, _, place), token in chosen]
+        replayed = [Work(other, place, [token]) for (_, other, place), token in chosen]
         kv, replays = self.replayed.kv, self.steps
         before = kv.data.clone()
-        written = [(work.row.index, len(work.row.tokens)) for work in pairs[1]]
-        computed = by_row(self.computed.run(pairs[0], []))
-        replayed = by_row(self.replayed.run(pairs[1], []))
+        written = [(work.row.index, len(work.row.tokens)) for work in replayed]
+        wanted = by_row(self.computed.run(computed, []))
+        found = by_row(self.replayed.run(replayed, []))
         assert self.steps == replays + 1
-        same(replayed, computed)
+        same(found, wanted)
         self._check_kept(before, written)
 
     def _check_kept(self, before: Tensor, written: Sequence[tuple[int, int]]) -> None:
@@ -224,13 +225,30 @@ def test_a_full_row_between_others_keeps_its_text(pair: Pair) -> None:
         pair.end(0, keep=False)
 
 
+def test_a_row_that_has_no_numbers_harms_no_other(pair: Pair) -> None:
+    """Its adapter may have broken it; what stands in for its token has none either."""
+    for place in (PLACES[0], PLACES[2], None):
+        pair.begin(place, [5, 6, 7])
+    one, broken, other = (row for _, row, _ in pair.busy)
+    pair.replayed.kv.data[:, :, broken.index, :, :3] = torch.nan
+    works = [Work(one, PLACES[0], [9]), Work(other, None, [9])]
+    assert broken.index == 1
+    found = by_row(pair.replayed.run(works, []))
+    works = [
+        Work(row, work.place, [9]) for (row, _, _), work in zip(pair.busy[::2], works, strict=True)
+    ]
+    same(found, by_row(pair.computed.run(works, [])))
+    while pair.busy:
+        pair.end(0, keep=False)
+
+
 def test_nothing_is_left_of_the_step_before(pair: Pair) -> None:
     """Bit for bit, a replay says what a fresh recording of that very step says."""
     graphs, kv = pair.graphs, pair.replayed.kv
     for place in PLACES:
         pair.refill(place, 1)
-    for place, length in ((PLACES[0], 9), (None, 4), (PLACES[2], 8), (PLACES[1], 3)):
-        pair.begin(place, [5, *range(9, 9 + length - 1)])
+    for owner, length in ((PLACES[0], 9), (None, 4), (PLACES[2], 8), (PLACES[1], 3)):
+        pair.begin(owner, [5, *range(9, 9 + length - 1)])
     rows = [row for _, row, _ in pair.busy]
     batches = [
         [Work(row, place, [11]) for row, place in zip(rows, PLACES, strict=True)],
@@ -253,6 +271,28 @@ def test_nothing_is_left_of_the_step_before(pair: Pair) -> None:
         found = graphs.run(batch, at_once=True)
         assert found is not None and wanted is not None and torch.equal(found, wanted)
         kv.data.copy_(data)
+    while pair.busy:
+        pair.end(0, keep=False)
+
+
+def test_a_slot_that_is_refilled_is_read_anew(pair: Pair) -> None:
+    """The same rows with the same slot, whose adapters change more layers or fewer."""
+    pair.begin(PLACES[2], [5, 6, 7])
+    for number in (1, 0, 2, 3):
+        pair.refill(PLACES[2], number)
+        pair.decode([True], [9])
+    pair.end(0, keep=False)
+
+
+def test_a_row_whose_token_is_not_asked_for_is_computed(pair: Pair) -> None:
+    for place in (PLACES[1], None):
+        pair.begin(place, [5, 6, 7])
+    one, other = (busy[1] for busy in pair.busy)
+    works = [Work(other, None, [8]), Work(one, PLACES[1], [8], last=False)]
+    asked, logits = pair.replayed.run(works, [])
+    assert asked == works[:1] and len(logits) == 1 and one.tokens == other.tokens == [5, 6, 7, 8]
+    wanted, all_of = pair.computed.run([Work(busy[0], busy[2], [8]) for busy in pair.busy], [])
+    same(logits[0], all_of[[work.place for work in wanted].index(None)])
     while pair.busy:
         pair.end(0, keep=False)
 
@@ -414,7 +454,7 @@ def test_captured_steps_are_as_computed_ones() -> None:
         base = small_base()
         return replace(base, model=base.model.to(GPU), device=GPU)
 
-    size = {"rows": ROWS, "length": 64, "slots": SLOTS}
+    size: Any = {"rows": ROWS, "length": 64, "slots": SLOTS}
     with (
         ModelRunner(moved(), **size) as computed,
         ModelRunner(moved(), **size, recorder=CudaRecorder()) as replayed,
