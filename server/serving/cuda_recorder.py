@@ -50,4 +50,6 @@ def check_recording(device: torch.device, dtype: torch.dtype) -> None:
             f"CUDA graphs need a CUDA device, and the base is on {device.type}", _WITHOUT
         )
     if not has_kernels(device, dtype):
-        raise ConfigError(f"CUDA graphs need Triton, which computes no {dtype} here", _WITHOUT)
+        raise ConfigError(
+            f"CUDA graphs need Triton's kernels, and there are none for {dtype} here", _WITHOUT
+        )

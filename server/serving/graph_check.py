@@ -91,7 +91,7 @@ def _batches(
 
     The last one never is: most of these are steps of one kind, of which one recording serves all.
     """
-    for turn in range(2 * len(places)):
+    for turn in range(len(places) + 1):
         yield [
             Work(row, places[(at + turn) % len(places)], _drawn(1, graphs, random))
             for at, row in enumerate(rows)
