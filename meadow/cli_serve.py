@@ -34,6 +34,10 @@ def add_serve(commands: Any, add: Add, count: Number, positive: Number) -> None:
     serve.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     serve.add_argument("--quantize", choices=["none", "4bit", "8bit"], default="none")
     serve.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    serve.add_argument(
+        "--cuda-graphs", action="store_true",
+        help="record decoding steps and replay them; needs a GPU and Triton",
+    )  # fmt: skip
     serve.add_argument("--threads", type=count, default=0, help="torch threads (0: torch's choice)")
     _add_bounds(serve, count, positive)
 
@@ -119,6 +123,7 @@ def _settings(options: argparse.Namespace) -> Any:
         slots=options.slots,
         cache_bytes=options.cache_mb * _MEGABYTE,
         pinned=tuple(options.pin),
+        cuda_graphs=options.cuda_graphs,
     )
     return ServeOptions(
         base=options.base,

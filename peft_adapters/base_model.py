@@ -78,7 +78,7 @@ def load_base(
     for value, known in ((dtype, tuple(DTYPES)), (quantize, QUANTIZATIONS), (device, DEVICES)):
         if value not in known:
             raise ModelError(f"{value!r} is none of {', '.join(known)}")
-    place = _device(device)
+    place = device_of(device)
     quantization = _quantization(quantize, DTYPES[dtype])
     with _quiet():
         folder = _folder(name)
@@ -152,7 +152,8 @@ def _is_tied(model: nn.Module) -> bool:
     return head is not None and head.weight is embedding.weight
 
 
-def _device(device: str) -> torch.device:
+def device_of(device: str) -> torch.device:
+    """What one of DEVICES means here.  Raises ModelError where there is no GPU."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ModelError("device 'cuda': no usable GPU found", "take device = 'auto' or 'cpu'")
     if device == "auto":

@@ -13,7 +13,8 @@ other step none.  Tokens of the base are in no group and cost nothing; neighbour
 one adapter are a plain product.
 
 On a CUDA device Triton's kernels find each slot's tokens by an index (`serving_triton`): there the
-order stays as it is, and nothing is copied.
+order stays as it is, and nothing is copied.  Slots keep their addresses for as long as their group
+exists, so that a step of decoding rows can be recorded: `uses` and `part` are its pieces.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from torch import Tensor, nn
 from ..errors import AdapterError, ModelError
 from .layout import Site, Tree, modules_of
 from .slot_group import Factors, Packed, Run, SlotGroup
+from .slot_tokens import SHORT, Kernel, Listed, SlotTokens, Tokens, listed
 
 __all__ = [
-    "Order", "Packed", "Place", "Segment", "ServedLinear", "ServingSlots", "has_kernels", "pack",
-    "padded_rank",
+    "Order", "Packed", "Place", "Segment", "ServedLinear", "ServingSlots", "Use", "has_kernels",
+    "pack", "padded_rank",
 ]  # fmt: skip
 
 SMALLEST_RANK = 8
@@ -60,6 +62,14 @@ class Order(NamedTuple):
 
     decode: tuple[int, ...]
     segments: tuple[int, ...]
+
+
+class Use(NamedTuple):
+    """What a batch uses of a group."""
+
+    rank: int
+    modules: frozenset[str]  # outside of which all of these adapters are zero
+    tokens: Listed
 
 
 def padded_rank(rank: int) -> int:
@@ -143,13 +153,14 @@ class ServingSlots:
         self._model = model
         self.layers = [self._swap(site.name) for site in self.sites]
         self._last: tuple[object, Order] | None = None
+        self._used: tuple[object, list[Use]] | None = None
         self.kernels = has_kernels(self._device, dtype) if kernels is None else kernels
         self._plan = self._by_slot if self.kernels else self._in_runs
 
     def write(self, place: Place, packed: Packed) -> None:
         """Fill a slot that nothing in the batch uses.  Raises AdapterError; see `group`."""
         self.group(place.rank).write(place.slot, packed)
-        self._last = None
+        self._last = self._used = None
 
     def group(self, rank: int) -> SlotGroup:
         """The slots of a padded rank.  Raises AdapterError where there is no memory for them."""
@@ -177,24 +188,49 @@ class ServingSlots:
 
     def _composed(self, decode: tuple[Place | None, ...], segments: tuple[Segment, ...]) -> Order:
         order, parts = self._plan(decode, segments)
+        self._put_to_work(parts, len(decode) + sum(segment.length for segment in segments))
+        return order
+
+    def install(self, parts: Sequence[Part], tokens: int) -> None:
+        """Prepare the layers for a batch of so many tokens, whose parts are given."""
+        self._last = None
+        self._put_to_work(parts, tokens)
+
+    def _put_to_work(self, parts: Sequence[Part], tokens: int) -> None:
         for index, (site, layer) in enumerate(zip(self.sites, self.layers, strict=True)):
             layer.work = [part.at(index) for part in parts if site.name in part.modules]
-            layer.tokens = len(decode) + sum(segment.length for segment in segments)
-        return order
+            layer.tokens = tokens
+
+    def uses(self, decode: Sequence[Place | None]) -> list[Use]:
+        """What rows with one token use of each group, in blocks of `SHORT` tokens; the same batch
+        again costs nothing."""
+        key = tuple(decode)
+        if self._used is None or self._used[0] != key:
+            self._used = key, list(self._uses(key, (), SHORT))
+        return self._used[1]
+
+    def part(self, rank: int, modules: frozenset[str], tokens: Tokens) -> Part:
+        """The work of a group's slots for tokens that kernels find."""
+        slots = self.group(rank).slots
+        return SlotTokens(_kernel(), tokens, slots.a_of, slots.b_of, modules)
 
     def _by_slot(
         self, decode: Sequence[Place | None], segments: Sequence[Segment]
     ) -> tuple[Order, list[Part]]:
         """For kernels, which find a slot's tokens wherever they are."""
-        from . import serving_triton
-
-        parts: list[Part] = []
-        for rank, of in sorted(_tokens_of(decode, segments).items()):
-            group = self.group(rank)
-            modules = frozenset[str]().union(*(group.modules[slot] for slot in of))
-            index, slots = serving_triton.grouped(of, self._device), group.slots
-            parts.append(serving_triton.SlotTokens(index, slots.a_of, slots.b_of, modules))
+        parts = [
+            self.part(rank, modules, tokens.on(self._device))
+            for rank, modules, tokens in self._uses(decode, segments)
+        ]
         return Order(tuple(range(len(decode))), tuple(range(len(segments)))), parts
+
+    def _uses(
+        self, decode: Sequence[Place | None], segments: Sequence[Segment], size: int | None = None
+    ) -> Iterator[Use]:
+        for rank, of in sorted(_tokens_of(decode, segments).items()):
+            held = self.group(rank).modules
+            modules = frozenset[str]().union(*(held[slot] for slot in of))
+            yield Use(rank, modules, listed(of, size))
 
     def _in_runs(
         self, decode: Sequence[Place | None], segments: Sequence[Segment]
@@ -223,6 +259,12 @@ class ServingSlots:
                 yield from self.group(rank).direct(own, start)
             start += sum(length for _, length in lengths)
 
+    def drop(self, rank: int) -> None:
+        """Give a group's memory back; nothing may use its slots any more."""
+        self.install([], -1)
+        self.groups.pop(rank, None)
+        self._used = None
+
     def detach(self) -> None:
         """Give the model its own layers back."""
         for site, layer in zip(self.sites, self.layers, strict=True):
@@ -241,6 +283,12 @@ class ServingSlots:
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether Triton's kernels can compute there."""
     return _TRITON and device.type == "cuda" and dtype in _KERNELS
+
+
+def _kernel() -> Kernel:
+    from . import serving_triton
+
+    return serving_triton.add
 
 
 def _tokens_of(

@@ -14,16 +14,13 @@ there is a CUDA device and Triton.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_SHORT, _LONG = 16, 64  # tokens of a block; 16 is the least that tensor cores take
+from .slot_tokens import Tokens
+
 _RANKS = (16, 64)  # the least and most ranks of a block
 _ROWS = 128  # outputs of a block
 _BYTES = 256  # of an input row, in a block
@@ -47,6 +44,12 @@ def _block(blocks, order, M: tl.constexpr):  # type: ignore[no-untyped-def]
     return slot.to(tl.int64), places, mine, tl.load(order + places, mask=mine, other=0)
 
 
+@triton.jit
+def _is_empty(blocks):  # type: ignore[no-untyped-def]
+    """A recorded step has as many blocks as it ever may need; the rest has no tokens."""
+    return tl.load(blocks + 3 * tl.program_id(0) + 2) == 0
+
+
 @triton.jit(do_not_specialize=["total"])  # type: ignore[untyped-decorator]
 def _shrink(  # type: ignore[no-untyped-def]
     x, a, inner, order, blocks, total, x_row, a_slot,
@@ -54,6 +57,8 @@ def _shrink(  # type: ignore[no-untyped-def]
     M: tl.constexpr, K: tl.constexpr, R: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """inner[part, place, rank] = sum over the part's columns of x[token, :] A[slot, rank, :]."""
+    if _is_empty(blocks):
+        return
     slot, places, mine, tokens = _block(blocks, order, M)
     part = tl.program_id(1)
     ranks = tl.program_id(2) * R + tl.arange(0, R)
@@ -80,6 +85,8 @@ def _expand(  # type: ignore[no-untyped-def]
     M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """y[token, :] += sum over the parts of inner[part, place, :], times B^T[slot, :, :]."""
+    if _is_empty(blocks):
+        return
     slot, places, mine, tokens = _block(blocks, order, M)
     rows = tl.program_id(1) * N + tl.arange(0, N)
     inside = rows < ROWS
@@ -105,57 +112,9 @@ def _expand(  # type: ignore[no-untyped-def]
     tl.store(out, (before + sums).to(y.dtype.element_ty), mask=mask)
 
 
-class Tokens(NamedTuple):
-    """The tokens of a group's slots in a batch."""
-
-    order: Tensor  # (tokens), int32: those of one slot after those of another
-    blocks: Tensor  # (blocks, 3), int32: slot, first in the order, count
-    size: int  # the most tokens of a block
-
-
-class SlotWork(NamedTuple):
-    """What a layer does for the tokens of a group."""
-
-    tokens: Tokens
-    a: Tensor  # (slots, r, in)
-    b: Tensor  # (slots, r, out), scaling folded in
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add B A x to y; x is (tokens, in), y (tokens, out)."""
-        expand(y, self.b, self.tokens, shrink(x.contiguous(), self.a, self.tokens))
-
-
-@dataclass(frozen=True)
-class SlotTokens:
-    """The tokens of a batch whose adapters are in one group."""
-
-    tokens: Tokens
-    a_of: Sequence[Tensor]  # by layer, (slots, r, in)
-    b_of: Sequence[Tensor]
-    modules: frozenset[str]  # outside of which all of these adapters are zero
-
-    def at(self, site: int) -> SlotWork:
-        """The work of a layer."""
-        return SlotWork(self.tokens, self.a_of[site], self.b_of[site])
-
-
-def grouped(tokens_of: Mapping[int, Sequence[int]], device: torch.device) -> Tokens:
-    """Each slot's tokens (positions in the batch), of which a token is in one slot at most."""
-    longest = max((len(tokens) for tokens in tokens_of.values()), default=0)
-    size = _SHORT if longest <= _SHORT else _LONG
-    order: list[int] = []
-    blocks: list[tuple[int, int, int]] = []
-    for slot, tokens in sorted(tokens_of.items()):
-        for start in range(0, len(tokens), size):
-            own = tokens[start : start + size]
-            blocks.append((slot, len(order), len(own)))
-            order += own
-    integers = torch.int32
-    return Tokens(
-        torch.tensor(order, dtype=integers, device=device),
-        torch.tensor(blocks, dtype=integers, device=device).view(-1, 3),
-        size,
-    )
+def add(x: Tensor, y: Tensor, a: Tensor, b: Tensor, tokens: Tokens) -> None:
+    """A `Kernel`: x and the slots are of one type."""
+    expand(y, b, tokens, shrink(x.contiguous(), a, tokens))
 
 
 def shrink(x: Tensor, a: Tensor, tokens: Tokens) -> Tensor:

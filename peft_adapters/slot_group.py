@@ -107,7 +107,10 @@ class Run:
 
 
 class SlotGroup:
-    """The slots of one padded rank, and copies of those that the batch's rows use."""
+    """The slots of one padded rank, and copies of those that the batch's rows use.
+
+    `slots` stays where it is in memory; `rows`, the copies, moves when it grows.
+    """
 
     def __init__(
         self,

@@ -4,9 +4,11 @@
 the batched products that they stand in for, on random batches, and then times steps of a llama of
 random numbers, 8B in shape, with adapters and without.  It writes a report as JSON.
 
-A step is timed as the server runs it, and as replayed from a CUDA graph, which leaves out what the
-host takes to launch it.  `limit` is the best share of the base's throughput that memory allows a
-decoding step: the base's bytes over those and the adapters', each read once.
+A step is timed as the server computes it, and as replayed from a CUDA graph, which leaves out what
+the host takes to launch it.  For decoding, `server_ms` is what a server with `--cuda-graphs` takes:
+it fills in the batch, replays, and picks the logits, and reads as many positions as their number is
+rounded up to.  `limit` is the best share of the base's throughput that memory allows a decoding
+step: the base's bytes over those and the adapters', each read once.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from torch import Tensor
 
 from ..peft_adapters.base_model import Base
 from ..peft_adapters.serving_slots import Packed, Place, Segment, has_kernels
-from ..server.serving.model_runner import ModelRunner
+from ..server.serving.cuda_recorder import CudaRecorder
+from ..server.serving.decode_graphs import Recorder
+from ..server.serving.kv_rows import Row
+from ..server.serving.model_runner import ModelRunner, Work
 from ..server.serving.packed_attention import PackedStep, Prompt
 from .provenance import provenance
 from .random_llama import B8, Size, random_base
@@ -60,10 +65,10 @@ def run(device: str, load: Load | None = None) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     logits = []
     for kernels in sorted({has_kernels(base.device, load.dtype), False}, reverse=True):
-        with Steps(base, load, kernels) as steps:
+        with Steps(base, load, kernels, CudaRecorder() if kernels else None) as steps:
             rows += steps.rows()
-            logits.append(steps.logits())
-    apart = gap(logits[0], logits[-1])
+            logits += [steps.logits(), *steps.replayed_logits()]
+    apart = float(torch.tensor([gap(found, logits[-1]) for found in logits]).max())
     return {
         "bench": "serve_gpu",
         **provenance(),
@@ -112,9 +117,13 @@ def _cases() -> Iterator[Case]:
 class Steps(ModelRunner):
     """Steps of a base whose slots and past are filled with random numbers."""
 
-    def __init__(self, base: Base, load: Load, kernels: bool) -> None:
+    def __init__(
+        self, base: Base, load: Load, kernels: bool, recorder: Recorder | None = None
+    ) -> None:
         count, length = max(load.adapters), load.past + load.prompt
-        super().__init__(base, rows=load.rows, length=length, slots=count, kernels=kernels)
+        super().__init__(
+            base, rows=load.rows, length=length, slots=count, kernels=kernels, recorder=recorder
+        )
         self.load, self._random = load, torch.Generator(base.device).manual_seed(0)
         with torch.inference_mode():
             self.kv.data.normal_(generator=self._random)
@@ -133,6 +142,15 @@ class Steps(ModelRunner):
         return found[torch.tensor(order).argsort().to(found.device)].double().cpu()
 
     @torch.inference_mode()
+    def replayed_logits(self) -> list[Tensor]:
+        """The same as the server replays them, if it does."""
+        if self.graphs is None:
+            return []
+        found = self.graphs.run(self._works(max(self.load.adapters)), at_once=True)
+        assert found is not None
+        return [found.double().cpu()]
+
+    @torch.inference_mode()
     def _row(self, kind: str, adapters: int) -> dict[str, Any]:
         bare, graphed_bare = self._timed(self._act(kind, adapters, bare=True))
         ours, graphed = self._timed(self._act(kind, adapters))
@@ -147,6 +165,10 @@ class Steps(ModelRunner):
         if graphed and graphed_bare:
             share = round(graphed_bare / graphed, 4)
             row |= {"base_graph_ms": graphed_bare, "graph_ms": graphed, "graph_share": share}
+        if self.graphs and kind == DECODE:
+            bare, ours = self._server_ms(adapters, bare=True), self._server_ms(adapters)
+            share = round(bare / ours, 4)
+            row |= {"base_server_ms": bare, "server_ms": ours, "server_share": share}
         return row | ({"limit": round(self._limit(adapters), 4)} if kind == DECODE else {})
 
     def _act(self, kind: str, adapters: int, bare: bool = False) -> Act:
@@ -161,6 +183,21 @@ class Steps(ModelRunner):
         order = self.slots.compose(places, []).decode
         step = PackedStep(self.kv, [(row, self.load.past) for row in order], [])
         return self._ready(step, self._tokens(self.load.rows)[list(order)], [*rows]), order
+
+    def _works(self, adapters: int, bare: bool = False) -> list[Work]:
+        """The same step as requests make it."""
+        past, tokens = [0] * self.load.past, self._tokens(self.load.rows).tolist()
+        return [
+            Work(
+                Row(at, tokens=past), None if bare else Place(self.load.rank, at % adapters), [new]
+            )
+            for at, new in enumerate(tokens)
+        ]
+
+    def _server_ms(self, adapters: int, bare: bool = False) -> float:
+        graphs, works = self.graphs, self._works(adapters, bare)
+        assert graphs is not None
+        return _milliseconds(lambda: graphs.run(works, at_once=True), self.load.repeats)
 
     def _prefill(self, adapters: int, bare: bool = False) -> Act:
         """A step of one new prompt by each adapter."""
@@ -197,7 +234,7 @@ class Steps(ModelRunner):
         plain = _milliseconds(act, self.load.repeats)
         if not _on_gpu(self.base.device):
             return plain, None
-        return plain, _milliseconds(_captured(act), self.load.repeats)
+        return plain, _milliseconds(CudaRecorder()(act), self.load.repeats)
 
     def _limit(self, adapters: int) -> float:
         model: Any = self.base.model
@@ -216,19 +253,6 @@ class Steps(ModelRunner):
             for side in (slots.a, slots.b)
         )
         return Packed(self.load.rank, a, b, frozenset(site.name for site in self.slots.sites))
-
-
-def _captured(act: Act) -> Callable[[], object]:
-    """The replay of a step's work, which is recorded once it has run on a stream of its own."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        act()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        act()
-    return graph.replay
 
 
 def _milliseconds(act: Callable[[], object], repeats: int) -> float:

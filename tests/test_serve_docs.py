@@ -44,6 +44,7 @@ def test_every_option_that_it_names_is_one() -> None:
 
 VALUES: dict[str, list[str]] = {
     "--open": [],
+    "--cuda-graphs": [],
     "--dtype": ["bfloat16"],
     "--quantize": ["4bit"],
     "--device": ["cuda"],

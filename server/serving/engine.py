@@ -20,9 +20,10 @@ from ...peft_adapters.serving_slots import Packed, pack
 from .adapter_cache import AdapterCache
 from .batcher import Batcher
 from .catalogue import Catalogue
+from .cuda_recorder import CudaRecorder, check_recording
 from .engine_stats import AdapterLoad, Pace, Stats, snapshot
 from .live_request import LiveRequest
-from .model_runner import ModelRunner
+from .model_runner import ModelRunner, number_type
 from .requests import Event, Job
 from .served import Served
 from .slot_table import SlotTable
@@ -48,6 +49,7 @@ class EngineOptions:
     slots: int = 16  # adapters of each rank bucket that are ready for a batch
     cache_bytes: int = 2**30  # of adapters in memory beside the slots
     pinned: tuple[str, ...] = ()  # names of adapters whose slots are kept
+    cuda_graphs: bool = False  # decoding steps are recorded and replayed, on a GPU
 
 
 class Ticket:
@@ -73,7 +75,11 @@ class Engine(Closeable):
         self._base, self._catalogue = base, catalogue
         self.max_length, kv_tokens = _lengths(base, self.options)
         self._runner = ModelRunner(
-            base, rows=self.options.max_rows, length=self.max_length, slots=self.options.slots
+            base,
+            rows=self.options.max_rows,
+            length=self.max_length,
+            slots=self.options.slots,
+            recorder=_recorder(base) if self.options.cuda_graphs else None,
         )
         self._changed = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()  # what the engine's thread is to do
@@ -263,6 +269,12 @@ def _lengths(base: Base, options: EngineOptions) -> tuple[int, int]:
         if getattr(options, name) < bound:
             raise ConfigError(f"{name} = {getattr(options, name)} is less than {bound}")
     return length, tokens
+
+
+def _recorder(base: Base) -> CudaRecorder:
+    """Raises ConfigError where nothing can be recorded."""
+    check_recording(base.device, number_type(base.model))
+    return CudaRecorder()
 
 
 def _ends(base: Base) -> Collection[int]:

@@ -50,14 +50,23 @@ class KVRows:
     """`rows` rows of at most `length` tokens.
 
     `data` is (layer, keys or values, row, head, position, width); positions that hold no token of
-    their row's request are finite.
+    their row's request are finite.  With `scratch` it has a row more, which no request gets and
+    nobody reads: there tokens write that are none.
     """
 
     def __init__(
-        self, shape: Shape, rows: int, length: int, device: torch.device, dtype: torch.dtype
+        self,
+        shape: Shape,
+        rows: int,
+        length: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        scratch: bool = False,
     ) -> None:
         self.length = length
-        size = (shape.layers, 2, rows, shape.heads, length, shape.width)
+        self.scratch = rows if scratch else None
+        size = (shape.layers, 2, rows + scratch, shape.heads, length, shape.width)
         self.data = _zeros(size, device, dtype)
         self.rows = [Row(index) for index in range(rows)]
         self._clock = count(1)
@@ -99,9 +108,12 @@ class KVRows:
 
     def positions(self, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Where tokens' keys lie, (heads, tokens), in a layer's keys as (row * head * position)."""
-        heads = torch.arange(self.data.shape[3]).unsqueeze(1)
-        first = torch.tensor(rows) * len(heads)
-        return ((first + heads) * self.length + torch.tensor(positions)).to(self.data.device)
+        return self.places(torch.tensor(rows), torch.tensor(positions)).to(self.data.device)
+
+    def places(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """The same of tensors (tokens), int64, where these are."""
+        heads = torch.arange(self.data.shape[3], device=rows.device).unsqueeze(1)
+        return (rows * len(heads) + heads) * self.length + positions
 
     def _longest(self, owner: Owner, prompt: Sequence[int]) -> tuple[Row | None, int]:
         """The row of this owner that begins most like the prompt, an idle one if there is one."""

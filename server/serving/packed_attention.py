@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,29 @@ class Prompt(NamedTuple):
     length: int
 
 
+class Step(Protocol):
+    """What attention has to know of one step's batch."""
+
+    kv: KVRows
+    prompts: Sequence[Prompt]
+    where: Tensor  # of each token's key, (heads * tokens)
+    decoding: int  # tokens, before those of the prompts
+    span: int  # rows that these read
+    longest: int  # positions that they read
+
+    def by_row(self, tokens: Tensor) -> Tensor:
+        """Decoding tokens (n, ...) as rows (span, ...); what a gap gets is of no use."""
+
+    def by_token(self, rows: Tensor) -> Tensor:
+        """The inverse of `by_row`."""
+
+    def decode_mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """What each row must not see, (span, 1, 1, longest): 0 or -inf; None where all is seen."""
+
+
 @dataclass
 class PackedStep:
-    """What attention has to know of one step's batch.
+    """A step of any batch, as `Step` has it.
 
     `decode` is (row, past) of each decoding token, in the batch's order; `prompts` follow them.
     """
@@ -41,13 +61,14 @@ class PackedStep:
     kv: KVRows
     decode: Sequence[tuple[int, int]]
     prompts: Sequence[Prompt]
-    where: Tensor = field(init=False)  # of each token's key, (heads * tokens)
+    where: Tensor = field(init=False)
     _masks: dict[int | None, Tensor | None] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         rows = [row for row, _ in self.decode]
         rows += [prompt.row for prompt in self.prompts for _ in range(prompt.length)]
         self.where = self.kv.positions(rows, self.positions).flatten()
+        self.decoding = len(self.decode)
         self.span = max((row for row, _ in self.decode), default=-1) + 1
         self.longest = max((past for _, past in self.decode), default=0) + 1
         self._lookup = self._rows()
@@ -61,11 +82,9 @@ class PackedStep:
         return found
 
     def by_row(self, tokens: Tensor) -> Tensor:
-        """Decoding tokens (n, ...) as rows (span, ...); what a gap gets is of no use."""
         return tokens if self._lookup is None else tokens[self._lookup[0]]
 
     def by_token(self, rows: Tensor) -> Tensor:
-        """The inverse of `by_row`."""
         return rows if self._lookup is None else rows[self._lookup[1]]
 
     def _rows(self) -> tuple[Tensor, Tensor] | None:
@@ -79,7 +98,6 @@ class PackedStep:
         return torch.tensor(token_of, device=device), torch.tensor(rows, device=device)
 
     def decode_mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """What each row must not see, (span, 1, 1, longest): 0 or -inf; None where all is seen."""
         if window not in self._masks:
             self._masks[window] = self._decode_mask(window, dtype)
         return self._masks[window]
@@ -90,14 +108,20 @@ class PackedStep:
             lengths[row] = past + 1
         if min(lengths) == self.longest and (window is None or window >= self.longest):
             return None
-        ends = torch.tensor(lengths, device=self.kv.data.device).view(-1, 1, 1, 1)
-        at = torch.arange(self.longest, device=ends.device)
-        hidden = at >= ends
-        if window is not None:
-            hidden |= at < ends - window
-        return torch.zeros(hidden.shape, dtype=dtype, device=ends.device).masked_fill_(
-            hidden, -torch.inf
-        )
+        ends = torch.tensor(lengths, device=self.kv.data.device)
+        return mask_of(ends, self.longest, window, dtype)
+
+
+def mask_of(ends: Tensor, longest: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """`Step.decode_mask` of rows whose texts end before `ends` (span)."""
+    after = ends.view(-1, 1, 1, 1)
+    at = torch.arange(longest, device=ends.device)
+    hidden = at >= after
+    if window is not None:
+        hidden |= at < after - window
+    return torch.zeros(hidden.shape, dtype=dtype, device=ends.device).masked_fill_(
+        hidden, -torch.inf
+    )
 
 
 def attend(
@@ -107,7 +131,7 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packed: PackedStep,
+    packed: Step,
     scaling: float,
     sliding_window: int | None = None,
     **others: Any,
@@ -122,11 +146,9 @@ def attend(
     for kind, new in enumerate((key, value)):
         data[kind].view(-1, data.shape[-1]).index_copy_(0, packed.where, new[0].flatten(0, 1))
     parts = []
-    if packed.decode:
-        parts.append(
-            _decode(query[0, :, : len(packed.decode)], data, packed, scaling, sliding_window)
-        )
-    start = len(packed.decode)
+    start = packed.decoding
+    if start:
+        parts.append(_decode(query[0, :, :start], data, packed, scaling, sliding_window))
     for prompt in packed.prompts:
         own = query[:, :, start : start + prompt.length]
         parts.append(_prompt(own, data, prompt, scaling, sliding_window))
@@ -135,7 +157,7 @@ def attend(
 
 
 def _decode(
-    query: Tensor, data: Tensor, packed: PackedStep, scaling: float, window: int | None
+    query: Tensor, data: Tensor, packed: Step, scaling: float, window: int | None
 ) -> Tensor:
     """query (heads, n, width) of one token in each of n rows; gives (n, heads, width).
 

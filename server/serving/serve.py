@@ -17,11 +17,20 @@ from pathlib import Path
 from ...errors import ConfigError
 from ...identity import own_identity
 from ...loopback import is_loopback, loopback_names
-from ...peft_adapters.base_model import ALL_LINEAR, NANO, Base, load_base, sites
+from ...peft_adapters.base_model import (
+    ALL_LINEAR,
+    DTYPES,
+    NANO,
+    Base,
+    device_of,
+    load_base,
+    sites,
+)
 from ...peft_adapters.blueprint import Blueprint
 from ..registry import Registry, default_folder
 from .catalogue import Catalogue
 from .chat_prompt import Prompts
+from .cuda_recorder import check_recording
 from .doorway import Doorway
 from .engine import Engine, EngineOptions
 from .generation import Front
@@ -115,6 +124,8 @@ def bound(address: str) -> Iterator[socket.socket]:
 @contextmanager
 def opened_front(options: ServeOptions, tenants: Tenants) -> Iterator[Front]:
     """The base loaded, the registry open, the engine running; all closed again in the end."""
+    if options.engine.cuda_graphs:  # else one would hear of it once the base is loaded
+        check_recording(device_of(options.device), DTYPES[options.dtype])
     base = load_base(
         options.base, dtype=options.dtype, quantize=options.quantize, device=options.device
     )

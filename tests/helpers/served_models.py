@@ -10,7 +10,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 from tiny import save_base
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 from meadow.peft_adapters.base_model import ALL_LINEAR, Base, load_base, sites
 from meadow.peft_adapters.layout import Site, Tree
@@ -37,6 +43,14 @@ def small_base() -> Base:
     torch.manual_seed(1)
     model = LlamaForCausalLM(LlamaConfig(**CONFIG)).eval().requires_grad_(False)
     return Base(model, letters(), "ba" * 32, "small", torch.device("cpu"))
+
+
+def windowed_base(window: int) -> Base:
+    """A random mistral, each token of which sees the last few alone."""
+    torch.manual_seed(3)
+    config = MistralConfig(**CONFIG, sliding_window=window, attn_implementation="eager")
+    model = MistralForCausalLM(config).eval().requires_grad_(False)
+    return Base(model, letters(), "ba" * 32, "mistral", torch.device("cpu"))
 
 
 @cache

@@ -72,6 +72,13 @@ def test_bounds_that_no_base_can_keep(capsys: pytest.CaptureFixture[str]) -> Non
     assert "kv_tokens = 10" in line
 
 
+def test_recorded_steps_need_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """And it is said before the base is loaded."""
+    free = ("--listen", "127.0.0.1:0", "--device", "cpu")
+    line = refused(capsys, "serve", "--cuda-graphs", "--base", "no/such-base", *free)
+    assert "CUDA graphs need a CUDA device" in line and "without --cuda-graphs" in line
+
+
 # --- keys ----------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from meadow.peft_adapters import serving_triton as own
+from meadow.peft_adapters.slot_tokens import LONG, SHORT
 
 POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 ARGUMENTS = {
@@ -41,7 +42,7 @@ def compiled(kernel, dtype, **constants):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32))
 
 for dtype in POINTER:
-    for rank, size in ((8, own._SHORT), (64, own._SHORT), (16, own._LONG), (256, own._LONG)):
+    for rank, size in ((8, SHORT), (64, SHORT), (16, LONG), (256, LONG)):
         part, parts = own._parts(14336)
         common = dict(RANK=rank, M=size, R=own._ranks(rank), WIDEN=False)
         K = own._BYTES // dtype.itemsize

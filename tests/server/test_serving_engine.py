@@ -10,8 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from served_models import RANKS, all_sites, model_of, random_tree, small_base, tokens_of
-from transformers import MistralConfig, MistralForCausalLM
+from served_models import (
+    RANKS,
+    all_sites,
+    model_of,
+    random_tree,
+    small_base,
+    tokens_of,
+    windowed_base,
+)
 
 from meadow.errors import (
     AdapterError,
@@ -269,19 +276,13 @@ def test_bounds_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
 
 def test_a_window_of_attention_is_kept() -> None:
     """Mistral's: each token sees the last few alone, in prompts, parts of them, and decoding."""
-    torch.manual_seed(3)
-    config = MistralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, sliding_window=6,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=96,
-        initializer_range=0.3, attn_implementation="eager",
-    )  # fmt: skip
-    model = MistralForCausalLM(config).eval().requires_grad_(False)
+    base = windowed_base(6)
+    model: Any = base.model
     prompt = torch.randint(3, 60, (1, 17))
     expected = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False,
         eos_token_id=None, pad_token_id=0,
     )[0, 17:].tolist()  # fmt: skip
-    base = Base(model, small_base().tokenizer, "ba" * 32, "mistral", torch.device("cpu"))
     for prefill in (4, 64):
         shelf: Any = Shelf(base)
         with Engine(base, shelf, EngineOptions(prefill_tokens=prefill, max_rows=2)) as engine:

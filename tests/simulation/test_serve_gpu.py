@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from step_recorders import cpu_kernels, tape
 from torch import Tensor
 
 from meadow.peft_adapters.serving_slots import Place
@@ -51,6 +52,17 @@ def test_steps_compute_what_adapters_change() -> None:
         bare = steps._decode(3, bare=True)[0]().double()
     torch.testing.assert_close(all_of[[0, 3]], one[[0, 3]])  # rows of the first adapter
     assert not torch.allclose(all_of[1], one[1]) and not torch.allclose(one, bare)
+
+
+def test_a_servers_replay_is_timed_and_its_logits_are_the_steps() -> None:
+    with cpu_kernels(), Steps(random_base(TINY.size), TINY, kernels=True, recorder=tape) as steps:
+        rows = steps.rows()
+        (replayed,) = steps.replayed_logits()
+        torch.testing.assert_close(replayed, steps.logits(), rtol=1e-4, atol=1e-4)
+    timed = [(row["step"], "server_ms" in row, row.get("server_share", 0) > 0) for row in rows]
+    assert timed == [("decode", True, True)] * 2 + [("prefill", False, False)] * 2
+    with Steps(random_base(TINY.size), TINY, kernels=False) as steps:
+        assert steps.replayed_logits() == []
 
 
 def test_a_wrong_sum_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
