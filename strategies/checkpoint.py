@@ -131,11 +131,13 @@ class Checkpoint:
             raise FormatError("the checkpoint contradicts itself")
         return checkpoint
 
-    def start(self, introductions: Ledger) -> Ledger:
-        """A ledger that counts on from here, with the members that another knows."""
+    def start(self, known: Ledger) -> Ledger:
+        """A ledger that counts on from here, with what another holds: its members, proofs, and the
+        records that the checkpoint does not stand for."""
         ledger = Ledger(self.charter, Base(self.cut, self.q))
-        for item in introductions.introductions():
+        for item in known.items():
             ledger.add(item.kind, item.data)
+        ledger.tally = known.tally.copy()
         return ledger
 
 

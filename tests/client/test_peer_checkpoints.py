@@ -180,3 +180,44 @@ def test_a_restart_before_the_audit_starts_from_the_stored_checkpoint(
     joiner.begin(found)
     again = recall(CHARTER, joiner.store)
     assert again.base is not None and again.state_id == nodes[0].gossip.ledger.state_id
+
+
+def started(nodes: list[Node], joiner: Node) -> History:
+    """The joiner counts on from a checkpoint of the history that all others hold."""
+    for node in nodes:
+        node.take()
+    assert nodes[0].checkpoints.gather(records=1)
+    found = fetch(joiner.gossip, joiner.transport, 2, pytest.fail)
+    assert found is not None
+    return joiner.begin(found)
+
+
+def test_more_records_after_the_checkpoint_than_can_wait_are_recalled_after_the_audit(
+    nodes: list[Node], joiner: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They lie in the store before those that the checkpoint stood for."""
+    monkeypatch.setattr("meadow.strategies.chain.MOST_PENDING", 4)
+    history = started(nodes, joiner)
+    for node in nodes:
+        node.take(chain(ALICE, 15)[5:])
+    joiner.gossip.sync(nodes[0].peer)
+    assert any(history.advance() for _ in range(4))
+    again = recall(CHARTER, joiner.store)
+    assert again.state_id == joiner.gossip.ledger.state_id == nodes[0].gossip.ledger.state_id
+    assert again.head(peer_of(ALICE)).count == 15
+
+
+def test_what_came_before_the_checkpoint_is_kept_beside_it(nodes: list[Node], joiner: Node) -> None:
+    """Pushed to a joiner that has not asked for anything yet: a record that the checkpoint is
+    about to stand for, one that will follow it, and a proof."""
+    early, late = chain(ALICE, 7)[3], chain(ALICE, 7)[6]
+    one, other = chain(MAL, 1)[0], chain(MAL, 1, salt=1)[0]
+    joiner.take([early, late, one, other])
+    assert joiner.gossip.publish(Kind.RECORD, b"\1junk").error is not None
+    started(nodes, joiner)
+    for ledger in (joiner.gossip.ledger, recall(CHARTER, joiner.store)):
+        assert ledger.excluded == {peer_of(MAL): 0}
+        assert ledger.head(peer_of(ALICE)).count == 5
+        assert [each.sequence for each in ledger.chain(peer_of(ALICE)).kept()] == [6]
+        assert ledger.state_id == nodes[0].gossip.ledger.state_id
+    assert joiner.gossip.ledger.tally["truncated or too large", joiner.peer] == 1, "still counted"
