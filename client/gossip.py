@@ -50,6 +50,7 @@ class Synced:
     pushed: int = 0  # items that were new there
     forks: int = 0  # found by comparing
     complete: bool = True  # nothing that the other side offered is left to fetch or to give
+    whole: bool = True  # the other side has the records that were asked for, not a checkpoint
 
 
 class Gossip:
@@ -71,7 +72,7 @@ class Gossip:
         self.lock = threading.RLock()
         self._transport = transport
         self._rng = rng
-        self._me = me
+        self.me = me
         self._keep = keep
         self._fresh: deque[Item] = deque(maxlen=MOST_FRESH)
         self._answers = {
@@ -85,13 +86,13 @@ class Gossip:
 
     def publish(self, kind: Kind, data: bytes) -> Added:
         """Take in something of one's own, and have the next `spread` push it."""
-        return self._take([(kind, data)], self._me, pass_on=True)[0]
+        return self._take([(kind, data)], self.me, pass_on=True)[0]
 
     def partners(self, count: int) -> list[bytes]:
         """Up to `count` other members that can be called, at random."""
         with self.lock:
             members = sorted(self.ledger.members.items())
-        others = [peer for peer, member in members if member.reachable and peer != self._me]
+        others = [peer for peer, member in members if member.reachable and peer != self.me]
         return self._rng.sample(others, min(count, len(others)))
 
     def spread(self, fanout: int) -> list[PeerError]:
@@ -121,6 +122,7 @@ class Gossip:
         """
         done = Synced()
         same_members, theirs = self._compare(peer)
+        done.whole = all(their.start == 0 for their in theirs)
         self._fetch(peer, theirs, done)
         parted = self._parted(theirs)
         for their in self._rng.sample(parted, min(MOST_SEARCHES, len(parted))):

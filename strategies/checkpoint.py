@@ -150,7 +150,7 @@ class Verdict(Enum):
     AGREES = "the records give the checkpoint's Q"
     DIFFERS = "the records give another Q: its signers vouched for what is not so"
     OVERTAKEN = "since then a fork was proven within the cut, so the records give another Q"
-    INCOMPLETE = "records within the cut are missing"
+    INCOMPLETE = "it counts records that nobody has given"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -12,16 +13,16 @@ import torch
 from gossips import chain, charter_of, identity, introduce, q_by_definition
 
 from meadow.client.gossip import Gossip
-from meadow.client.peer_checkpoints import Checkpoints, History, fetch
+from meadow.client.peer_checkpoints import MOST_BARREN, Checkpoints, History, fetch
 from meadow.client.peer_memory import entry_of, recall
 from meadow.client.record_store import RecordStore
 from meadow.errors import FormatError, PeerError, UpdateError
 from meadow.identity import Identity
 from meadow.simulation.peer_network import PeerNetwork
-from meadow.strategies.checkpoint import Checkpoint, Verdict
+from meadow.strategies.checkpoint import _PURPOSE, Checkpoint, Verdict
 from meadow.strategies.ledger import Item, Kind, Ledger
-from meadow.strategies.peer_keys import peer_of
-from meadow.strategies.records import Record
+from meadow.strategies.peer_keys import peer_of, sign
+from meadow.strategies.records import Head, Record
 
 PEOPLE = [identity(f"peer {number}") for number in range(4)]
 ALICE, BOB, EVE, MAL = PEOPLE
@@ -221,3 +222,49 @@ def test_what_came_before_the_checkpoint_is_kept_beside_it(nodes: list[Node], jo
         assert [each.sequence for each in ledger.chain(peer_of(ALICE)).kept()] == [6]
         assert ledger.state_id == nodes[0].gossip.ledger.state_id
     assert joiner.gossip.ledger.tally["truncated or too large", joiner.peer] == 1, "still counted"
+
+
+def false_checkpoint(nodes: list[Node], who: bytes, head: Head) -> Checkpoint:
+    """Three members vouch for records of `who` that do not exist."""
+    ledger = nodes[0].gossip.ledger
+    false = Checkpoint(CHARTER, {**ledger.heads, who: head}, ledger.q)
+    signed = {peer_of(each): sign(each, _PURPOSE, false.body) for each in (ALICE, BOB, EVE)}
+    return replace(false, signatures=signed)
+
+
+def test_for_its_own_records_a_joiner_takes_nobodys_word(nodes: list[Node], joiner: Node) -> None:
+    """It would sign record 3 on top of what was never there, and could never sign record 0."""
+    for node in nodes:
+        node.take()
+        node.checkpoints._served = false_checkpoint(nodes, joiner.peer, Head(3, 9, b"x" * 32))
+    said: list[str] = []
+    assert fetch(joiner.gossip, joiner.transport, 2, said.append) is None
+    assert len(said) == 4 and all("counts records of this peer" in text for text in said)
+    joiner.gossip.sync(nodes[0].peer)
+    assert joiner.gossip.ledger.head(joiner.peer) == Head()
+
+
+def test_a_checkpoint_of_records_that_nobody_has_is_given_up(
+    nodes: list[Node], joiner: Node
+) -> None:
+    """Its signers say that they added them up; every other peer has all records but those."""
+    started(nodes, joiner)
+    false = false_checkpoint(nodes, peer_of(MAL), Head(3, 9, b"x" * 32))
+    history = joiner.begin(false)
+    assert joiner.gossip.ledger.heads != nodes[0].gossip.ledger.heads
+    said = [history.advance() for _ in range(1 + MOST_BARREN)]
+    assert set(said[:-1]) == {""} and Verdict.INCOMPLETE.value in said[-1]
+    assert joiner.gossip.ledger.base is None
+    assert joiner.gossip.ledger.state_id == nodes[0].gossip.ledger.state_id
+    assert recall(CHARTER, joiner.store).state_id == nodes[0].gossip.ledger.state_id
+
+
+def test_a_checkpoint_is_not_given_up_while_only_other_joiners_answer(
+    nodes: list[Node], joiner: Node
+) -> None:
+    """Who started from a checkpoint itself has no records to give, and that proves nothing."""
+    history = started(nodes, joiner)
+    for node in nodes:
+        node.gossip.ledger = Checkpoint.take(node.gossip.ledger).start(node.gossip.ledger)
+    assert {history.advance() for _ in range(2 * MOST_BARREN)} == {""}
+    assert joiner.gossip.ledger.base is not None
