@@ -249,8 +249,8 @@ class Peer:
         found = fetch(self.gossip, self.transport, self.settings.witnesses, self._tell_once)
         if found is not None:
             self._history = History.begin(found, self.gossip, self.transport, self.store, self.me)
-            records = sum(head.count for head in found.cut.values())
-            self.log.tell("checkpoint", {"records": records, "bytes": len(found.encoded)})
+            told = {"records": found.records, "bytes": len(found.encoded)}
+            self.log.tell("checkpoint", told)
 
     def _behind(self, checkpoint: Checkpoint) -> History:
         return History(checkpoint, self.gossip, self.transport, self.store, self.me)

@@ -47,7 +47,7 @@ class Checkpoints:
         for entry in store.entries("checkpoint"):
             if entry.sequence == SERVED:
                 self._served = self._decode(entry.data)
-                self._records = _records(self._served)
+                self._records = self._served.records
 
     @property
     def served(self) -> Checkpoint | None:
@@ -78,7 +78,7 @@ class Checkpoints:
             if ledger.base is not None or ledger.overtaken:
                 return False
             taken = Checkpoint.take(ledger)
-            if _records(taken) < self._records + records:
+            if taken.records < self._records + records:
                 return False
             taken = taken.sign(self._identity, ledger)
         for peer in self._gossip.partners(2 * self._witnesses):
@@ -106,7 +106,7 @@ class Checkpoints:
         old = [entry.key for entry in self._store.entries("checkpoint") if entry.sequence == SERVED]
         entry = stored(checkpoint, SERVED, peer_of(self._identity))
         self._store.replace([key for key in old if key != entry.key], [entry])
-        self._served, self._records = checkpoint, _records(checkpoint)
+        self._served, self._records = checkpoint, checkpoint.records
 
     def _decode(self, data: bytes) -> Checkpoint:
         ledger = self._gossip.ledger
@@ -214,7 +214,3 @@ class History:
 
 def _call(transport: Transport, peer: bytes, verb: str, charter: Charter, body: bytes) -> bytes:
     return transport.call(peer, verb, messages.seal(charter.digest, body))
-
-
-def _records(checkpoint: Checkpoint) -> int:
-    return sum(head.count for head in checkpoint.cut.values())

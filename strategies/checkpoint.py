@@ -37,6 +37,7 @@ from .records import LAST_STEP, Head
 
 FORMAT = 1
 MOST_SIGNATURES = 64
+MOST_BEHIND = 1024  # records of the signer's that follow the cut: each is taken out of Q anew
 
 _PURPOSE = b"meadow/checkpoint/v1\0"
 _SHORT = 8  # bytes of a key
@@ -60,6 +61,11 @@ class Checkpoint:
         _ = ledger.state_id  # refuses an overflow and an overtaken base
         return cls(ledger.charter, ledger.heads, ledger.q)
 
+    @property
+    def records(self) -> int:
+        """How many it sums."""
+        return sum(head.count for head in self.cut.values())
+
     @cached_property
     def body(self) -> bytes:
         """What is signed.  Raises UpdateError where Q has overflowed."""
@@ -73,11 +79,16 @@ class Checkpoint:
     def sign(self, identity: Identity, ledger: Ledger) -> Checkpoint:
         """With one more signature, where the signer's own records give the same Q.
 
-        Raises UpdateError where they do not, do not reach the cut, or are not all there because
-        the signer itself started from a checkpoint.
+        Raises UpdateError where they do not, do not reach the cut, are far ahead of it, or are not
+        all there because the signer itself started from a checkpoint.
         """
         if ledger.base is not None:
             raise UpdateError("the signer has not seen the history", "fetch it, then sign")
+        if sum(head.count for head in ledger.heads.values()) - self.records > MOST_BEHIND:
+            raise UpdateError(
+                f"the signer has over {MOST_BEHIND} records that follow the checkpoint",
+                "take a newer one",
+            )
         if not torch.equal(ledger.q_at(self.cut), self.q):
             raise UpdateError("the checkpoint's Q is not what the signer's own records give")
         signature = sign(identity, _PURPOSE, self.body)

@@ -74,6 +74,16 @@ def test_any_q_travels_in_the_least_width(largest: int, other: int) -> None:
     assert torch.equal(Checkpoint.decode(checkpoint.encoded, CHARTER, MEMBERS).q, q)
 
 
+def test_a_cut_far_behind_is_not_worth_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any member may ask for a signature, and the signer takes every later record out of Q."""
+    checkpoint, full = Checkpoint.take(ledger_of(HISTORY[:-5])), ledger_of(HISTORY)
+    monkeypatch.setattr("meadow.strategies.checkpoint.MOST_BEHIND", 5)
+    assert checkpoint.sign(BOB, full).records == len(HISTORY) - 5
+    monkeypatch.setattr("meadow.strategies.checkpoint.MOST_BEHIND", 4)
+    with pytest.raises(UpdateError, match="over 4 records that follow .*take a newer one"):
+        checkpoint.sign(BOB, full)
+
+
 def test_an_overflow_is_refused() -> None:
     q = CHARTER.pool.zero()
     q[0, 0, 0] = 2**31
