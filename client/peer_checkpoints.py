@@ -64,12 +64,13 @@ class Checkpoints:
                 raise PeerError(f"peer {caller.hex()[:16]} is no member of this run")
             body = messages.unseal(self._gossip.ledger.charter.digest, request)
             if verb == "checkpoint":
-                return self._served.encoded if self._served else b""
+                return self._served.encoded if self._served and self._stands() else b""
             signed = self._decode(body).sign(self._identity, self._gossip.ledger)
         return signed.signatures[peer_of(self._identity)]
 
     def gather(self, records: int) -> bool:
-        """Have a new checkpoint signed and keep it, if at least `records` more count by now.
+        """Have a new checkpoint signed and keep it, if at least `records` more count by now, or
+        some that the old one sums no longer do.
 
         Whether it came about; where too few sign, the old one stays.
         """
@@ -78,7 +79,7 @@ class Checkpoints:
             if ledger.base is not None or ledger.overtaken:
                 return False
             taken = Checkpoint.take(ledger)
-            if taken.records < self._records + records:
+            if self._stands() and taken.records < self._records + records:
                 return False
             taken = taken.sign(self._identity, ledger)
         for peer in self._gossip.partners(2 * self._witnesses):
@@ -91,6 +92,11 @@ class Checkpoints:
             return False
         self._keep(taken)
         return True
+
+    def _stands(self) -> bool:
+        """Whether all that the served one sums still counts: a fork may be proven since."""
+        cut, ledger = self._served.cut if self._served else {}, self._gossip.ledger
+        return all(ledger.chain(peer).head_at(head.count) == head for peer, head in cut.items())
 
     def _asked(self, peer: bytes, checkpoint: Checkpoint) -> bytes | None:
         """A peer's signature; None where it has other records, or does not answer."""

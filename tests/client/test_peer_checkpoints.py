@@ -103,6 +103,26 @@ def test_a_served_checkpoint_is_there_after_a_restart(nodes: list[Node]) -> None
     assert first.store.count("checkpoint") == 1
 
 
+def test_a_checkpoint_with_excluded_records_is_replaced_and_not_handed_out(
+    nodes: list[Node],
+) -> None:
+    """Else joiners would start from it until as many other records had been made."""
+    first, ask = nodes[0], b"\1" + CHARTER.digest
+    for node in nodes:
+        node.take([*HISTORY, *chain(MAL, 6)])
+    assert first.checkpoints.gather(records=1)
+    assert first.checkpoints.answer(nodes[1].peer, "checkpoint", ask)
+    first.take([chain(MAL, 2, salt=1)[1]])
+    assert first.gossip.ledger.excluded == {peer_of(MAL): 1}
+    assert first.checkpoints.answer(nodes[1].peer, "checkpoint", ask) == b""
+    for node in nodes[1:]:
+        node.gossip.sync(first.peer)
+    assert first.checkpoints.gather(records=100)
+    served = first.checkpoints.served
+    assert served is not None and served.records == len(HISTORY) + 1
+    assert not first.checkpoints.gather(records=100)
+
+
 def test_a_peer_signs_only_what_its_own_records_give(nodes: list[Node]) -> None:
     for node in nodes[:2]:
         node.take()
@@ -232,8 +252,11 @@ def false_checkpoint(nodes: list[Node], who: bytes, head: Head) -> Checkpoint:
     return replace(false, signatures=signed)
 
 
-def test_for_its_own_records_a_joiner_takes_nobodys_word(nodes: list[Node], joiner: Node) -> None:
+def test_for_its_own_records_a_joiner_takes_nobodys_word(
+    nodes: list[Node], joiner: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It would sign record 3 on top of what was never there, and could never sign record 0."""
+    monkeypatch.setattr(Checkpoints, "_stands", lambda self: True)  # whoever lies hands it out
     for node in nodes:
         node.take()
         node.checkpoints._served = false_checkpoint(nodes, joiner.peer, Head(3, 9, b"x" * 32))
