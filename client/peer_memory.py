@@ -82,18 +82,44 @@ def refuse_lost_records(ledger: Ledger, store: RecordStore, me: bytes) -> None:
     It signed a record that the ledger does not know, so that another in its place would fork the
     chain; or the fork is proven already.
     """
-    signed, counted = store.signed(), ledger.head(me).count
+    signed, chain = store.signed(), ledger.chain(me)
     if me in ledger.excluded:
         raise JournalError(
             f"two different records {ledger.excluded[me]} of this peer are known: none from there"
             " on counts",
             _ANOTHER,
         )
-    if signed is not None and counted <= signed:
+    if signed is not None and chain.head.count <= signed and chain.at(signed) is None:
         raise JournalError(
-            f"this peer has signed {signed + 1} records and {counted} of them are here",
+            f"this peer has signed {signed + 1} records and {chain.head.count} of them are here",
             f"restore its folder, or {_ANOTHER}",
         )
+
+
+def awaited(ledger: Ledger, store: RecordStore, me: bytes) -> range:
+    """The numbers of own records that do not count yet: the newest is here, and what it follows is
+    still with others.  Until it came, none may be signed."""
+    signed = store.signed()
+    return range(ledger.head(me).count, 0 if signed is None else signed + 1)
+
+
+def twin_of(item: Item, signed: int | None) -> JournalError | None:
+    """Why a peer that has signed its records up to `signed` has to end at this item of its own:
+    somebody else signs as it, and a further record might fork its chain.  None for what it knows.
+    """
+    if item.kind is Kind.PROOF:
+        return JournalError(
+            f"two different records {item.sequence} of this peer are known: none from there on"
+            " counts",
+            _ANOTHER,
+        )
+    if signed is None or item.sequence > signed:
+        return JournalError(
+            f"others hold record {item.sequence} of this peer, which its folder did not: it is an"
+            " old copy, or the identity is at work elsewhere too",
+            "stop any other; the same command then goes on from the newest record",
+        )
+    return None
 
 
 def read_ledger(charter: Charter, folder: Path) -> Ledger:

@@ -28,6 +28,7 @@ from tiny_peers import (
     until_equal,
 )
 
+from meadow.client import gossip_messages as messages
 from meadow.client.peer import Peer
 from meadow.client.peer_memory import entry_of, read_ledger
 from meadow.client.peer_steps import Made
@@ -275,6 +276,37 @@ def test_an_old_copy_of_a_folder_is_noticed_before_it_forks_the_chain(
             assert ada.step().record.sequence == 3
             until_equal(ada, bob)
             assert len(chain_of(bob, "ada")) == 4 and not bob.gossip.ledger.excluded
+
+
+def test_an_old_copy_that_hears_of_its_newest_record_first_goes_on_as_well(town: Town) -> None:
+    """A fresh record is pushed, whatever lies before it; the rest comes by comparing."""
+    old = town.root / "old"
+    with town.peer("ada") as ada, town.peer("bob") as bob, serving(ada, bob):
+        ada.step()
+        shutil.copytree(ada.folder, old)
+        newest = [ada.step() for _ in range(2)][-1].record
+        until_equal(ada, bob)
+    with town.peer("ada", old) as ada:
+        ada.gossip.handle(key("bob"), "push", pushed(town, newest))
+        with pytest.raises(JournalError, match="hold record 2 of this peer"):
+            ada._ready.set()
+            ada.work()
+    with town.peer("ada", old) as ada:
+        ada.start()
+        eventually(lambda: any("waits for records 1 to 2" in t for t in town.notices("ada")))
+        with pytest.raises(JournalError, match="waits for records"):
+            ada.step()
+        assert not ada._ready.is_set()
+    with town.peer("bob") as bob, serving(bob), restarted(town, old, bob) as ada:
+        exchange_until(ada, lambda: ada.status()["own_records"] == 3)
+        assert not ada.stopping
+        assert ada.step().record.sequence == 3
+        until_equal(ada, bob)
+        assert not bob.gossip.ledger.excluded
+
+
+def pushed(town: Town, record: Record) -> bytes:
+    return messages.seal(town.charter.digest, messages.encode_items([record_item(record)]))
 
 
 def restarted(town: Town, folder: Path, other: Peer) -> Peer:
