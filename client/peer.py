@@ -215,6 +215,8 @@ class Peer:
 
     def _begin(self) -> None:
         """Let the training begin, where what it makes can count."""
+        if self._ready.is_set():
+            return
         waiting = self._waiting()
         if waiting:
             self._tell_once(waiting)

@@ -305,6 +305,16 @@ def test_an_old_copy_that_hears_of_its_newest_record_first_goes_on_as_well(town:
         assert not bob.gossip.ledger.excluded
 
 
+def test_a_record_between_the_disk_and_the_ledger_is_nothing_to_wait_for(town: Town) -> None:
+    """The gossip looks while the training keeps one."""
+    with town.peer("ada") as ada:
+        ada._begin()
+        made = ada.stepper.make(ada.gossip.ledger.q, Head(), 1)
+        ada.store.append_own(entry_of(record_item(made.record)))
+        ada._begin()
+        assert ada._ready.is_set() and town.notices("ada") == []
+
+
 def pushed(town: Town, record: Record) -> bytes:
     return messages.seal(town.charter.digest, messages.encode_items([record_item(record)]))
 
