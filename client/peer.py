@@ -29,6 +29,7 @@ from ..strategies.checkpoint import Checkpoint
 from ..strategies.introductions import Introduction
 from ..strategies.ledger import Item, Kind, record_item
 from ..strategies.peer_keys import peer_of
+from ..strategies.records import LAST_STEP
 from .address_book import AddressBook
 from .gossip import Gossip
 from .peer_checkpoints import VERBS as CHECKPOINT_VERBS
@@ -144,9 +145,7 @@ class Peer:
         while not self.stopping and not self._done():
             self.step()
         if not self.stopping:
-            self.log.notice(
-                f"all {self.settings.records} records of this peer are made: it only gossips now"
-            )
+            self.log.notice(f"{self._done()}: it only gossips now")
         while not self._stopping.wait(self.settings.sync_seconds):
             self._follow()
         if self._fault is not None:
@@ -157,10 +156,15 @@ class Peer:
         self._fault = self._fault or error
         self.stop()
 
-    def _done(self) -> bool:
+    def _done(self) -> str:
+        """Why this peer makes no further record; empty while it does."""
         with self.gossip.lock:
-            own = self.gossip.ledger.head(self.me).count
-        return bool(self.settings.records) and own >= self.settings.records
+            own = self.gossip.ledger.head(self.me)
+        if self.settings.records and own.count >= self.settings.records:
+            return f"all {self.settings.records} records of this peer are made"
+        if own.steps + self.settings.steps > LAST_STEP:
+            return f"this peer has made the {own.steps} steps that one peer can make in a run"
+        return ""
 
     def _is_member(self) -> bool:
         with self.gossip.lock:

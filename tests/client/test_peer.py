@@ -495,6 +495,25 @@ def test_stopping_does_not_wait_for_a_peer_that_gives_no_answer(town: Town) -> N
             assert ended and town.notices("ada") == []
 
 
+def test_who_has_made_all_steps_of_a_run_only_gossips(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record too many would be measured first, and then end the peer at every start."""
+    for module in ("client.peer", "strategies.records"):
+        monkeypatch.setattr(f"meadow.{module}.LAST_STEP", 5)
+    with town.peer("ada") as ada:
+        worker = threading.Thread(target=ada.work)
+        ada.start()
+        worker.start()
+        eventually(
+            lambda: not worker.is_alive() or any("4 steps" in t for t in town.notices("ada"))
+        )
+        ada.stop()
+        worker.join()
+        assert ada._fault is None and len(chain_of(ada, "ada")) == 2
+        assert "it only gossips now" in town.notices("ada")[-1]
+
+
 # --- folders -------------------------------------------------------------------------------------
 
 
