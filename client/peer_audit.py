@@ -68,15 +68,14 @@ def events(folder: Path) -> Iterator[dict[str, Any]]:
     path = folder / EVENTS
     if not path.exists():
         return
-    with explained(path):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(event, dict):
-            yield event
+    with explained(path), path.open("rb") as lines:
+        for line in lines:  # one by one: the log of a long run is larger than the records
+            try:
+                event = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(event, dict):
+                yield event
 
 
 def cuts(folder: Path) -> dict[int, Mapping[str, int]]:
