@@ -35,7 +35,7 @@ from .gossip import Gossip
 from .peer_checkpoints import VERBS as CHECKPOINT_VERBS
 from .peer_checkpoints import Checkpoints, History, fetch
 from .peer_inbox import Inbox
-from .peer_log import PeerLog
+from .peer_log import PeerLog, counted
 from .peer_memory import awaited, base_of, entry_of, recall, refuse_lost_records, twin_of
 from .peer_server import PeerServer
 from .peer_steps import Made, Stepper
@@ -376,10 +376,7 @@ class Peer:
                 "records": self._counted(),
                 "members": len(ledger.members),
                 "excluded": {peer.hex(): end for peer, end in ledger.excluded.items()},
-                "counted": {
-                    f"{what} from {who.hex()[:16] or 'outside'}": n
-                    for (what, who), n in sorted(ledger.tally.items())
-                },
+                "counted": counted(ledger.tally, self.server.refusals()),
                 **self._loss,
             }
 

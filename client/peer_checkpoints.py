@@ -46,8 +46,16 @@ class Checkpoints:
         self._records = 0  # that the served one sums
         for entry in store.entries("checkpoint"):
             if entry.sequence == SERVED:
-                self._served = self._decode(entry.data)
-                self._records = self._served.records
+                self._recall(entry.data)
+
+    def _recall(self, data: bytes) -> None:
+        """Go on serving what was served, unless a later member's key begins like one that it names:
+        then it has become ambiguous, and the next one takes its place."""
+        try:
+            self._served = self._decode(data)
+        except FormatError:
+            return
+        self._records = self._served.records
 
     @property
     def served(self) -> Checkpoint | None:

@@ -564,3 +564,14 @@ def test_records_of_a_stranger_are_counted_and_change_nothing(town: Town) -> Non
         added = ada.gossip.publish(Kind.RECORD, forged(town, "joe").encoded)
         assert added.error is not None and ada.status()["state"] == state
         assert ada.status()["counted"] == {f"unknown peer from {ada.me.hex()[:16]}": 1}
+
+
+def test_refused_calls_are_in_the_status_beside_refused_records(town: Town) -> None:
+    """What the server turns away before it is read, and what no ledger counts."""
+    with town.peer("ada") as ada, town.peer("bob") as bob, serving(ada, bob):
+        for verb in ("nonsense", "cosign"):
+            with pytest.raises(PeerError, match="refuses"):
+                bob.transport.call(ada.me, verb, b"junk")
+        told = ada.status()["counted"]
+    who = bob.me.hex()[:16]
+    assert told == {f"malformed message from {who}": 1, f"call refused from {who}": 2}

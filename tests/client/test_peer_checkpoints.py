@@ -20,6 +20,7 @@ from meadow.errors import FormatError, PeerError, UpdateError
 from meadow.identity import Identity
 from meadow.simulation.peer_network import PeerNetwork
 from meadow.strategies.checkpoint import _PURPOSE, Checkpoint, Verdict
+from meadow.strategies.introductions import Introduction
 from meadow.strategies.ledger import Item, Kind, Ledger
 from meadow.strategies.peer_keys import peer_of, sign
 from meadow.strategies.records import Head, Record
@@ -121,6 +122,21 @@ def test_a_checkpoint_with_excluded_records_is_replaced_and_not_handed_out(
     served = first.checkpoints.served
     assert served is not None and served.records == len(HISTORY) + 1
     assert not first.checkpoints.gather(records=100)
+
+
+def test_a_served_checkpoint_that_became_ambiguous_keeps_no_peer_from_starting(
+    nodes: list[Node],
+) -> None:
+    """Two keys that begin alike are a matter of a day's search for who holds both."""
+    for node in nodes:
+        node.take()
+    first = nodes[0]
+    assert first.checkpoints.gather(records=1)
+    alike = peer_of(BOB)[:8] + bytes(24)
+    word = Introduction.decode(introduce(ALICE, JOINER), CHARTER.run)
+    first.gossip.ledger._introductions[alike] = word
+    again = Checkpoints(first.gossip, first.transport, first.store, ALICE, witnesses=2)
+    assert again.served is None
 
 
 def test_a_peer_signs_only_what_its_own_records_give(nodes: list[Node]) -> None:
