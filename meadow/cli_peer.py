@@ -75,10 +75,10 @@ def _own_member(address: str) -> Any:
     from .identity import own_identity
     from .strategies.charter import Member
 
-    if address:
-        split_address(address)
     certificate = certificate_of(own_identity())
-    return Member(certificate.peer, certificate.der, address)
+    member = Member(certificate.peer, certificate.der, address)
+    _refuse_uncallable(member)
+    return member
 
 
 def _refuse_uncallable(member: Any) -> None:
