@@ -11,7 +11,9 @@ digests; the records after it prove the fork.
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,10 +28,12 @@ from ..strategies.ledger import Added, Item, Kind, Ledger, proof_item, record_it
 from ..strategies.records import START, Reason
 from . import gossip_messages as messages
 from .gossip_messages import Entry, Want
+from .peer_limits import Clock
 
 MOST_PAGES = 64  # each way, in one exchange
 MOST_SEARCHES = 16  # for forks, in one exchange
 MOST_FRESH = 4096  # items that wait to be pushed on
+MOST_SECONDS = 120.0  # of one exchange, however late each call of it is answered
 
 Keep = Callable[[Sequence[Item]], None]
 """Called with what a message brought that is new, in order, before the message is answered."""
@@ -50,13 +54,14 @@ class Synced:
     pushed: int = 0  # items that were new there
     forks: int = 0  # found by comparing
     complete: bool = True  # nothing that the other side offered is left to fetch or to give
+    whole: bool = True  # the other side has the records that were asked for, not a checkpoint
 
 
 class Gossip:
     """One peer's part in the gossip about one ledger.
 
-    `handle` may be called from any thread.  `lock` guards the ledger and is never held while
-    another peer is called; whoever else touches the ledger takes it too.
+    `handle` may be called from any thread, what calls others from one.  `lock` guards the ledger
+    and is never held while another peer is called; whoever else touches the ledger takes it too.
     """
 
     def __init__(
@@ -66,13 +71,15 @@ class Gossip:
         rng: Random,
         me: bytes,
         keep: Keep = lambda items: None,
+        clock: Clock = time.monotonic,
     ) -> None:
         self.ledger = ledger
         self.lock = threading.RLock()
         self._transport = transport
         self._rng = rng
-        self._me = me
+        self.me = me
         self._keep = keep
+        self._clock, self._until = clock, math.inf
         self._fresh: deque[Item] = deque(maxlen=MOST_FRESH)
         self._answers = {
             "compare": self._answer_compare,
@@ -85,13 +92,13 @@ class Gossip:
 
     def publish(self, kind: Kind, data: bytes) -> Added:
         """Take in something of one's own, and have the next `spread` push it."""
-        return self._take([(kind, data)], self._me, pass_on=True)[0]
+        return self._take([(kind, data)], self.me, pass_on=True)[0]
 
     def partners(self, count: int) -> list[bytes]:
         """Up to `count` other members that can be called, at random."""
         with self.lock:
             members = sorted(self.ledger.members.items())
-        others = [peer for peer, member in members if member.reachable and peer != self._me]
+        others = [peer for peer, member in members if member.reachable and peer != self.me]
         return self._rng.sample(others, min(count, len(others)))
 
     def spread(self, fanout: int) -> list[PeerError]:
@@ -116,17 +123,19 @@ class Gossip:
     def sync(self, peer: bytes) -> Synced:
         """One exchange in both directions.
 
-        Raises PeerError where the other side cannot be reached, refuses, or answers with what is
-        not one; what was exchanged until then stays.
+        Raises PeerError where the other side cannot be reached, refuses, takes too long, or answers
+        with what is not one; what was exchanged until then stays.
         """
         done = Synced()
-        same_members, theirs = self._compare(peer)
-        self._fetch(peer, theirs, done)
-        parted = self._parted(theirs)
-        for their in self._rng.sample(parted, min(MOST_SEARCHES, len(parted))):
-            self._search(peer, their, done)
-        done.complete = not self._wants(theirs) and not self._parted(theirs)
-        self._offer(peer, theirs, same_members, done)
+        with self._in_time():
+            same_members, theirs = self._compare(peer)
+            done.whole = all(their.start == 0 for their in theirs)
+            self._fetch(peer, theirs, done)
+            parted = self._parted(theirs)
+            for their in self._rng.sample(parted, min(MOST_SEARCHES, len(parted))):
+                self._search(peer, their, done)
+            done.complete = not self._wants(theirs) and not self._parted(theirs)
+            self._offer(peer, theirs, same_members, done)
         return done
 
     def _compare(self, peer: bytes) -> tuple[bool, list[Entry]]:
@@ -141,8 +150,9 @@ class Gossip:
 
         Raises PeerError as `sync` does.
         """
-        _, theirs = self._compare(peer)
-        self._fetch(peer, theirs, Synced(), {Kind.INTRODUCTION})
+        with self._in_time():
+            _, theirs = self._compare(peer)
+            self._fetch(peer, theirs, Synced(), {Kind.INTRODUCTION})
 
     def _fetch(
         self,
@@ -206,7 +216,7 @@ class Gossip:
             mine = Entry.of(self.ledger, their.peer)
         low, high = max(mine.start, their.start), min(mine.count, their.count)
         while low < high:
-            places = _spaced(low, high)
+            places = messages.spaced(low, high)
             first = self._first_difference(peer, their.peer, places)
             if not first:  # the views have changed meanwhile, or part before a checkpoint
                 return
@@ -361,7 +371,19 @@ class Gossip:
             self._fresh.extend(item for item in news if pass_on or item.kind is Kind.PROOF)
         return added
 
+    @contextmanager
+    def _in_time(self) -> Iterator[None]:
+        self._until = self._clock() + MOST_SECONDS
+        try:
+            yield
+        finally:
+            self._until = math.inf
+
     def _call(self, peer: bytes, verb: str, body: bytes) -> bytes:
+        if self._clock() > self._until:
+            raise PeerError(
+                f"peer {peer.hex()[:16]} is slow: an exchange took over {MOST_SECONDS:.0f} s"
+            )
         return self._transport.call(peer, verb, messages.seal(self.ledger.charter.digest, body))
 
     @contextmanager
@@ -375,9 +397,3 @@ class Gossip:
             raise PeerError(
                 f"peer {peer.hex()[:16]} answered what cannot be read: {error}"
             ) from error
-
-
-def _spaced(low: int, high: int) -> list[int]:
-    """Places from `low` to `high`, both included, evenly spaced: as many as one question holds."""
-    parts = messages.MOST_PLACES - 1
-    return sorted({low + (high - low) * part // parts for part in range(parts + 1)})

@@ -232,6 +232,12 @@ def _kind(code: int) -> Kind:
 # --- digests -----------------------------------------------------------------------------------
 
 
+def spaced(low: int, high: int) -> list[int]:
+    """Places from `low` to `high`, both included, evenly spaced: as many as one question holds."""
+    parts = MOST_PLACES - 1
+    return sorted({low + (high - low) * part // parts for part in range(parts + 1)})
+
+
 def encode_places(peer: bytes, counts: Iterable[int]) -> bytes:
     return peer + b"".join(map(_PLACE.pack, counts))
 

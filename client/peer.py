@@ -29,13 +29,14 @@ from ..strategies.checkpoint import Checkpoint
 from ..strategies.introductions import Introduction
 from ..strategies.ledger import Item, Kind, record_item
 from ..strategies.peer_keys import peer_of
+from ..strategies.records import LAST_STEP
 from .address_book import AddressBook
 from .gossip import Gossip
 from .peer_checkpoints import VERBS as CHECKPOINT_VERBS
 from .peer_checkpoints import Checkpoints, History, fetch
 from .peer_inbox import Inbox
-from .peer_log import PeerLog
-from .peer_memory import base_of, entry_of, recall, refuse_lost_records
+from .peer_log import PeerLog, counted
+from .peer_memory import awaited, base_of, entry_of, recall, refuse_lost_records, twin_of
 from .peer_server import PeerServer
 from .peer_steps import Made, Stepper
 from .peer_tls import certificate_of
@@ -144,9 +145,7 @@ class Peer:
         while not self.stopping and not self._done():
             self.step()
         if not self.stopping:
-            self.log.notice(
-                f"all {self.settings.records} records of this peer are made: it only gossips now"
-            )
+            self.log.notice(f"{self._done()}: it only gossips now")
         while not self._stopping.wait(self.settings.sync_seconds):
             self._follow()
         if self._fault is not None:
@@ -157,10 +156,15 @@ class Peer:
         self._fault = self._fault or error
         self.stop()
 
-    def _done(self) -> bool:
+    def _done(self) -> str:
+        """Why this peer makes no further record; empty while it does."""
         with self.gossip.lock:
-            own = self.gossip.ledger.head(self.me).count
-        return bool(self.settings.records) and own >= self.settings.records
+            own = self.gossip.ledger.head(self.me)
+        if self.settings.records and own.count >= self.settings.records:
+            return f"all {self.settings.records} records of this peer are made"
+        if own.steps + self.settings.steps > LAST_STEP:
+            return f"this peer has made the {own.steps} steps that one peer can make in a run"
+        return ""
 
     def _is_member(self) -> bool:
         with self.gossip.lock:
@@ -171,10 +175,14 @@ class Peer:
     def step(self) -> Made:
         """One record: measured, kept, then sent.
 
-        Raises PeerError for a peer that nobody has introduced: its record would count nowhere.
+        Raises PeerError for a peer that nobody has introduced: its record would count nowhere; and
+        JournalError for one whose newest record followed others that are not here.
         """
         if not self._is_member():
             raise PeerError("this peer is no member of the run", "a member has to introduce it")
+        waiting = self._waiting()
+        if waiting:
+            raise JournalError(waiting, "let it exchange with a peer that holds them")
         with self.gossip.lock:
             ledger = self.gossip.ledger
             q, head, heads = ledger.q, ledger.head(self.me), ledger.heads
@@ -203,12 +211,29 @@ class Peer:
             self._greet()
             while not self.stopping:
                 self.exchange()
-                if self._is_member():
-                    self._ready.set()
+                self._begin()
                 if self._news.wait(self.settings.sync_seconds):
                     self._news.clear()
         except BaseException as error:  # a thread's end is silent otherwise
             self._fail(error)
+
+    def _begin(self) -> None:
+        """Let the training begin, where what it makes can count."""
+        if self._ready.is_set():
+            return
+        waiting = self._waiting()
+        if waiting:
+            self._tell_once(waiting)
+        elif self._is_member():
+            self._ready.set()
+
+    def _waiting(self) -> str:
+        """What an old copy of a folder waits for, which heard of its newest record first."""
+        with self.gossip.lock:
+            missing = awaited(self.gossip.ledger, self.store, self.me)
+        if not missing:
+            return ""
+        return f"this peer waits for records {missing[0]} to {missing[-1]} of its own from others"
 
     def _answer(self, caller: bytes, verb: str, request: bytes) -> bytes:
         if verb in CHECKPOINT_VERBS:
@@ -249,8 +274,8 @@ class Peer:
         found = fetch(self.gossip, self.transport, self.settings.witnesses, self._tell_once)
         if found is not None:
             self._history = History.begin(found, self.gossip, self.transport, self.store, self.me)
-            records = sum(head.count for head in found.cut.values())
-            self.log.tell("checkpoint", {"records": records, "bytes": len(found.encoded)})
+            told = {"records": found.records, "bytes": len(found.encoded)}
+            self.log.tell("checkpoint", told)
 
     def _behind(self, checkpoint: Checkpoint) -> History:
         return History(checkpoint, self.gossip, self.transport, self.store, self.me)
@@ -291,29 +316,11 @@ class Peer:
             for item in items:
                 if item.kind is Kind.INTRODUCTION:
                     self._enter(Introduction.decode(item.data, self.charter.run).member)
-                elif item.peer == self.me:
-                    self._refuse_twin(item, -1 if signed is None else signed)
+                elif item.peer == self.me and (error := twin_of(item, signed)) is not None:
+                    self._fail(error)
         except BaseException as error:
             self._fail(error)
             raise
-
-    def _refuse_twin(self, item: Item, signed: int) -> None:
-        """End this peer where somebody else signs as it: a further record might fork its chain."""
-        if item.kind is Kind.PROOF:
-            error = JournalError(
-                f"two different records {item.sequence} of this peer are known: none from there"
-                " on counts",
-                "join the run again with another identity and folder",
-            )
-        elif item.sequence > signed:
-            error = JournalError(
-                f"others hold record {item.sequence} of this peer, which its folder did not: it is"
-                " an old copy, or the identity is at work elsewhere too",
-                "stop any other; the same command then goes on from the newest record",
-            )
-        else:
-            return
-        self._fail(error)
 
     def _enter(self, member: Member) -> None:
         """A member without a valid certificate stays one; it only cannot connect."""
@@ -369,10 +376,7 @@ class Peer:
                 "records": self._counted(),
                 "members": len(ledger.members),
                 "excluded": {peer.hex(): end for peer, end in ledger.excluded.items()},
-                "counted": {
-                    f"{what} from {who.hex()[:16] or 'outside'}": n
-                    for (what, who), n in sorted(ledger.tally.items())
-                },
+                "counted": counted(ledger.tally, self.server.refusals()),
                 **self._loss,
             }
 

@@ -19,11 +19,12 @@ from ..strategies.checkpoint import Checkpoint, Verdict, absorb
 from ..strategies.ledger import Ledger
 from ..strategies.peer_keys import peer_of
 from . import gossip_messages as messages
-from .gossip import Gossip, Transport
+from .gossip import Gossip, Synced, Transport
 from .peer_memory import BASE, SERVED, entry_of
 from .record_store import Entry, RecordStore
 
 VERBS = ("checkpoint", "cosign")
+MOST_BARREN = 32  # exchanges with peers that have all records, and not those of a checkpoint
 Tell = Callable[[str], None]
 
 
@@ -45,8 +46,16 @@ class Checkpoints:
         self._records = 0  # that the served one sums
         for entry in store.entries("checkpoint"):
             if entry.sequence == SERVED:
-                self._served = self._decode(entry.data)
-                self._records = _records(self._served)
+                self._recall(entry.data)
+
+    def _recall(self, data: bytes) -> None:
+        """Go on serving what was served, unless a later member's key begins like one that it names:
+        then it has become ambiguous, and the next one takes its place."""
+        try:
+            self._served = self._decode(data)
+        except FormatError:
+            return
+        self._records = self._served.records
 
     @property
     def served(self) -> Checkpoint | None:
@@ -63,12 +72,13 @@ class Checkpoints:
                 raise PeerError(f"peer {caller.hex()[:16]} is no member of this run")
             body = messages.unseal(self._gossip.ledger.charter.digest, request)
             if verb == "checkpoint":
-                return self._served.encoded if self._served else b""
+                return self._served.encoded if self._served and self._stands() else b""
             signed = self._decode(body).sign(self._identity, self._gossip.ledger)
         return signed.signatures[peer_of(self._identity)]
 
     def gather(self, records: int) -> bool:
-        """Have a new checkpoint signed and keep it, if at least `records` more count by now.
+        """Have a new checkpoint signed and keep it, if at least `records` more count by now, or
+        some that the old one sums no longer do.
 
         Whether it came about; where too few sign, the old one stays.
         """
@@ -77,7 +87,7 @@ class Checkpoints:
             if ledger.base is not None or ledger.overtaken:
                 return False
             taken = Checkpoint.take(ledger)
-            if _records(taken) < self._records + records:
+            if self._stands() and taken.records < self._records + records:
                 return False
             taken = taken.sign(self._identity, ledger)
         for peer in self._gossip.partners(2 * self._witnesses):
@@ -90,6 +100,11 @@ class Checkpoints:
             return False
         self._keep(taken)
         return True
+
+    def _stands(self) -> bool:
+        """Whether all that the served one sums still counts: a fork may be proven since."""
+        cut, ledger = self._served.cut if self._served else {}, self._gossip.ledger
+        return all(ledger.chain(peer).head_at(head.count) == head for peer, head in cut.items())
 
     def _asked(self, peer: bytes, checkpoint: Checkpoint) -> bytes | None:
         """A peer's signature; None where it has other records, or does not answer."""
@@ -105,7 +120,7 @@ class Checkpoints:
         old = [entry.key for entry in self._store.entries("checkpoint") if entry.sequence == SERVED]
         entry = stored(checkpoint, SERVED, peer_of(self._identity))
         self._store.replace([key for key in old if key != entry.key], [entry])
-        self._served, self._records = checkpoint, _records(checkpoint)
+        self._served, self._records = checkpoint, checkpoint.records
 
     def _decode(self, data: bytes) -> Checkpoint:
         ledger = self._gossip.ledger
@@ -121,7 +136,8 @@ def stored(checkpoint: Checkpoint, use: int, owner: bytes) -> Entry:
 def fetch(gossip: Gossip, transport: Transport, witnesses: int, tell: Tell) -> Checkpoint | None:
     """The first checkpoint, of the peers that can be called, that enough members signed.
 
-    None where there is none: the joiner then fetches the records.
+    None where there is none: the joiner then fetches the records.  For records of its own it takes
+    nobody's word: it would continue a chain that it has not seen, and could never mend that.
     """
     charter = gossip.ledger.charter
     for peer in gossip.partners(len(gossip.ledger.members)):
@@ -132,6 +148,8 @@ def fetch(gossip: Gossip, transport: Transport, witnesses: int, tell: Tell) -> C
                 continue
             checkpoint = Checkpoint.decode(data, charter, gossip.ledger.members)
             checkpoint.verify(gossip.ledger.members, witnesses + 1)
+            if gossip.me in checkpoint.cut:
+                raise UpdateError("it counts records of this peer, which its folder does not hold")
         except PeerError:  # whoever exchanges records with it tells
             continue
         except (FormatError, IdentityError, UpdateError) as error:
@@ -155,6 +173,7 @@ class History:
         self._checkpoint, self._gossip, self._store = checkpoint, gossip, store
         self._ledger = Ledger(checkpoint.charter)
         self._own = Gossip(self._ledger, transport, Random(), me)
+        self._missing, self._barren = self._lacking(), 0
 
     @classmethod
     def begin(
@@ -174,25 +193,38 @@ class History:
     def advance(self) -> str:
         """One exchange with a peer at random; what the audit found, once all records are here.
 
-        The ledger, and the store, then have the records in the checkpoint's place.  Raises
-        PeerError where the peer does not answer.
+        The ledger, and the store, then have the records in the checkpoint's place; so too where
+        the checkpoint counts records that nobody has.  Raises PeerError where the peer does not
+        answer.
         """
         for peer in self._gossip.partners(1):
-            self._own.sync(peer)
+            self._weigh(self._own.sync(peer))
         with self._gossip.lock:
             found = absorb(self._gossip.ledger, self._ledger, self._checkpoint)
             if found.verdict is Verdict.INCOMPLETE:
-                return ""
+                if self._barren < MOST_BARREN:
+                    return ""
+                self._gossip.ledger.rebase(self._ledger)
             kept = [entry_of(item) for item in self._gossip.ledger.items()]
             old = [each.key for each in self._store.entries("checkpoint") if each.sequence == BASE]
             self._store.replace(old, kept)
         signers = ", ".join(sorted(peer.hex()[:16] for peer in self._checkpoint.signatures))
         return f"the checkpoint that {signers} signed was audited: {found.verdict.value}"
 
+    def _weigh(self, done: Synced) -> None:
+        """Count the exchange if the other side should have had missing records, and gave none."""
+        missing = self._lacking()
+        if missing < self._missing:
+            self._barren = 0
+        elif done.complete and done.whole:
+            self._barren += 1
+        self._missing = missing
+
+    def _lacking(self) -> int:
+        """How many of the records that the checkpoint counts are not here."""
+        cut = self._checkpoint.cut.items()
+        return sum(max(0, head.count - self._ledger.head(peer).count) for peer, head in cut)
+
 
 def _call(transport: Transport, peer: bytes, verb: str, charter: Charter, body: bytes) -> bytes:
     return transport.call(peer, verb, messages.seal(charter.digest, body))
-
-
-def _records(checkpoint: Checkpoint) -> int:
-    return sum(head.count for head in checkpoint.cut.values())

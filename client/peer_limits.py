@@ -106,6 +106,11 @@ class Counts:
         with self._lock:
             return {what: n for (who, what), n in sorted(self._counts.items()) if who == peer}
 
+    def all(self) -> dict[tuple[str, bytes], int]:
+        """What, and of which peer, how often."""
+        with self._lock:
+            return {(what, who): n for (who, what), n in self._counts.items()}
+
     def total(self, what: str) -> int:
         with self._lock:
             return sum(n for (_, name), n in self._counts.items() if name == what)

@@ -54,3 +54,12 @@ class PeerLog(Closeable):
             if data != self._shown:
                 self._disk.write(self._status, data)
                 self._shown = data
+
+
+def counted(*tallies: Mapping[tuple[str, bytes], int]) -> dict[str, int]:
+    """How often each thing was met, by whom it came, as `status.json` says it."""
+    return {
+        f"{what} from {who.hex()[:16] or 'outside'}": n
+        for tally in tallies
+        for (what, who), n in sorted(tally.items())
+    }

@@ -31,6 +31,7 @@ Handler = Callable[[bytes, str, bytes], bytes]
 """Calling peer's key, verb, body -> answer.  Its MeadowErrors are told to the caller."""
 
 _VERB = "[a-z][a-z_]{0,31}"
+_TRAFFIC = ("answered", "received", "sent")  # in counts: what is no reason of a refusal
 _STRANGER = b""  # in counts: who is not, or no longer, in the address book
 
 _log = logging.getLogger(__name__)
@@ -59,6 +60,11 @@ class PeerServer:
         self._served_version = -1
         self._server: grpc.Server | None = None
         self._workers: ThreadPoolExecutor | None = None
+
+    def refusals(self) -> dict[tuple[str, bytes], int]:
+        """How often a call was refused, by reason and caller."""
+        counted = self.counts.all().items()
+        return {(f"call {what}", who): n for (what, who), n in counted if what not in _TRAFFIC}
 
     def start(self, address: str) -> str:
         """Listen at host:port, where port 0 means any free one; the address that it became.

@@ -234,7 +234,7 @@ def _unavailable(details: str) -> _Failure:
     """gRPC has one code for these three; only its words tell them apart."""
     if "CERTIFICATE_VERIFY_FAILED" in details:
         text = "is somebody else: the certificate there is not the one in the address book"
-        return _Failure("wrong_certificate", text, "correct its address, or have it introduced")
+        return _Failure("wrong_certificate", text, "it moved, or another peer listens there now")
     if "Socket closed" in details or "Connection reset" in details:
         text = "closed the connection"
         return _Failure("closed_by_peer", text, "it is stopping, or does not know this peer yet")

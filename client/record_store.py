@@ -271,7 +271,9 @@ def owner_of(folder: Path) -> bytes:
     if not path.exists():
         raise JournalError(f"{folder} holds no records", "name the folder of a peer")
     with explained(path), closing(sqlite3.connect(path)) as database:
-        found = database.execute("SELECT value FROM facts WHERE key = 'own'").fetchone()
+        tables = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'facts'").fetchone()
+        query = "SELECT value FROM facts WHERE key = 'own'"
+        found = database.execute(query).fetchone() if tables else None
     if found is None:
         raise JournalError(f"{path} does not say whose it is", _ANEW)
     return bytes(found[0])

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from .address import split_address
 from .cli_peer_replay import FOLDER, add_replay, ledger_of, read_file
 from .config import Config, load
 from .display import Display
@@ -75,7 +76,18 @@ def _own_member(address: str) -> Any:
     from .strategies.charter import Member
 
     certificate = certificate_of(own_identity())
-    return Member(certificate.peer, certificate.der, address)
+    member = Member(certificate.peer, certificate.der, address)
+    _refuse_uncallable(member)
+    return member
+
+
+def _refuse_uncallable(member: Any) -> None:
+    """Raise IdentityError or FormatError for a member to whom no peer could connect."""
+    from .client.peer_tls import check_certificate
+
+    check_certificate(member.peer, member.certificate)
+    if member.address:
+        split_address(member.address)
 
 
 def _charter(options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -108,7 +120,6 @@ def _charter(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _read_card(path: Path) -> Any:
-    from .client.peer_tls import check_certificate
     from .strategies.charter import Member
 
     hint = "`meadow peer card` writes one"
@@ -116,7 +127,7 @@ def _read_card(path: Path) -> Any:
         member = Member.from_json(json.loads(read_file(path, hint)))
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{path} is no card", hint) from error
-    check_certificate(member.peer, member.certificate)
+    _refuse_uncallable(member)
     return member
 
 
@@ -142,7 +153,6 @@ def _join(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 def _introduce(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .client.peer import CHARTER, INBOX
     from .client.peer_inbox import SUFFIX
-    from .client.peer_tls import check_certificate
     from .identity import own_identity
     from .strategies.charter import Charter
     from .strategies.introductions import Introduction, JoinRequest
@@ -152,7 +162,7 @@ def _introduce(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     request = JoinRequest.decode(
         read_file(options.request, "`meadow peer join` writes one"), charter.run
     )
-    check_certificate(request.member.peer, request.member.certificate)
+    _refuse_uncallable(request.member)
     introduction = Introduction.sign(own_identity(), request)
     name = request.member.peer.hex()
     _write(options.folder / INBOX / f"{name}{SUFFIX}", introduction.encoded)

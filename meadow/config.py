@@ -138,9 +138,9 @@ class PeerConfig:
     records: int = _key(0, "stop training after so many records of mine (0 = never)", 0)
     lr: float = _key(1e-4, "of all peers together; my share falls with their square root", 1e-12)
     fanout: int = _key(3, "peers that a new record is pushed to", 1)
-    sync_seconds: float = _key(5.0, "between two exchanges with a peer at random", 1e-2)
+    sync_seconds: float = _key(5.0, "between two exchanges with a peer at random", 1e-2, 86400)
     evaluate_every: int = _key(1, "measure held-out loss every so many records (0 = never)", 0)
-    witnesses: int = _key(2, "signatures of other peers that a checkpoint needs", 0)
+    witnesses: int = _key(2, "signatures of other peers that a checkpoint needs", 0, 63)
 
 
 @dataclass(frozen=True)

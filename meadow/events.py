@@ -8,6 +8,7 @@ listening, record (its round is the sequence number), measured, notice.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ class EventLog:
         self._path = path
         with explained(path):
             self._file = path.open("ab", buffering=0)  # so that a full disk shows at once
-            if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            if _is_torn(path):
                 self._append(b"\n")
 
     def __call__(self, event: Event) -> None:
@@ -61,6 +62,14 @@ class EventLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether the last line has no end; a log of months is not read for that."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return size > 0 and file.read() != b"\n"
 
 
 class EventTail:

@@ -154,7 +154,7 @@ class Charter:
     @classmethod
     def _from_json(cls, fields: Any) -> Charter:
         return cls(
-            Pool.from_json(fields["pool"]),
+            Pool.from_json(dict(fields["pool"])),
             tuple(map(Member.from_json, fields["founders"])),
             int(fields["epsilon_exponent"]),
             int(fields["gradient_exponent"]),

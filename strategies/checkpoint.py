@@ -37,6 +37,7 @@ from .records import LAST_STEP, Head
 
 FORMAT = 1
 MOST_SIGNATURES = 64
+MOST_BEHIND = 1024  # records of the signer's that follow the cut: each is taken out of Q anew
 
 _PURPOSE = b"meadow/checkpoint/v1\0"
 _SHORT = 8  # bytes of a key
@@ -60,6 +61,11 @@ class Checkpoint:
         _ = ledger.state_id  # refuses an overflow and an overtaken base
         return cls(ledger.charter, ledger.heads, ledger.q)
 
+    @property
+    def records(self) -> int:
+        """How many it sums."""
+        return sum(head.count for head in self.cut.values())
+
     @cached_property
     def body(self) -> bytes:
         """What is signed.  Raises UpdateError where Q has overflowed."""
@@ -73,11 +79,16 @@ class Checkpoint:
     def sign(self, identity: Identity, ledger: Ledger) -> Checkpoint:
         """With one more signature, where the signer's own records give the same Q.
 
-        Raises UpdateError where they do not, do not reach the cut, or are not all there because
-        the signer itself started from a checkpoint.
+        Raises UpdateError where they do not, do not reach the cut, are far ahead of it, or are not
+        all there because the signer itself started from a checkpoint.
         """
         if ledger.base is not None:
             raise UpdateError("the signer has not seen the history", "fetch it, then sign")
+        if sum(head.count for head in ledger.heads.values()) - self.records > MOST_BEHIND:
+            raise UpdateError(
+                f"the signer has over {MOST_BEHIND} records that follow the checkpoint",
+                "take a newer one",
+            )
         if not torch.equal(ledger.q_at(self.cut), self.q):
             raise UpdateError("the checkpoint's Q is not what the signer's own records give")
         signature = sign(identity, _PURPOSE, self.body)
@@ -131,11 +142,13 @@ class Checkpoint:
             raise FormatError("the checkpoint contradicts itself")
         return checkpoint
 
-    def start(self, introductions: Ledger) -> Ledger:
-        """A ledger that counts on from here, with the members that another knows."""
+    def start(self, known: Ledger) -> Ledger:
+        """A ledger that counts on from here, with what another holds: its members, proofs, and the
+        records that the checkpoint does not stand for."""
         ledger = Ledger(self.charter, Base(self.cut, self.q))
-        for item in introductions.introductions():
+        for item in known.items():
             ledger.add(item.kind, item.data)
+        ledger.tally = known.tally.copy()
         return ledger
 
 
@@ -148,7 +161,7 @@ class Verdict(Enum):
     AGREES = "the records give the checkpoint's Q"
     DIFFERS = "the records give another Q: its signers vouched for what is not so"
     OVERTAKEN = "since then a fork was proven within the cut, so the records give another Q"
-    INCOMPLETE = "records within the cut are missing"
+    INCOMPLETE = "it counts records that nobody has given"
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from .robust_bytes import Rule, combine, fixed_weights
 from .zeroth_order import next_scale, run_id_of
 
 _MOMENTUM = 256  # the momentum factor's denominator
+_GAIN_BITS = 10  # behind the point of multiplier times gain: a small multiplier takes any gain
 _AMPLITUDE_BITS = 32  # behind the point of FedKSeed-Pro's |g|
 _LARGEST_AMPLITUDE = 1000 << _AMPLITUDE_BITS
 
@@ -132,7 +133,8 @@ class FedKSeed(PoolStrategy):
                 k = self.along(sent, of_client(turn, part.sender), 0, count)
                 fold(change, k, row * weight)
         gain = self.gain or (1 if self.shared else clients)
-        return -rounded(times(change, round(sent.notes["multiplier"] * gain)))
+        factor = round(sent.notes["multiplier"] * gain * 2**_GAIN_BITS)
+        return -rounded(times(change, factor, _GAIN_BITS))
 
     def history(
         self, tensors: Tree, parts: Sequence[Update], bytes_: Integers, sent: Update, turn: Turn

@@ -38,7 +38,9 @@ class PoolLora(PoolStrategy):
 
     zeroth: list[str] = option([], "participants that send zeroth-order bytes, by name")
     zeroth_gain: float = option(1.0, "factor of what zeroth-order clients change", 0)
-    core_scale: int = option(-8, "exponent: a trained number of 1 is a core entry of 2^core_scale")
+    core_scale: int = option(
+        -8, "exponent: a trained number of 1 is a core entry of 2^core_scale", -40, 40
+    )
 
     def template(self, sent: Update, turn: Turn) -> Mapping[str, tuple[int, ...]]:
         if turn.client in self.zeroth:

@@ -150,17 +150,18 @@ class Gather(Reducer):
 _HALF = 1 << FRACTION >> 1
 
 
-def times(change: Tensor, factor: int) -> Tensor:
-    """A change of Q, or a part of it, times a factor that makes it fixed point.
+def times(change: Tensor, factor: int, bits: int = 0) -> Tensor:
+    """A change of Q, or a part of it, times a factor that makes it fixed point; of the factor
+    itself, `bits` lie behind the point (at most 10).
 
     Raises UpdateError for one that Q could not hold, long before int64 could wrap.
     """
-    if int(change.abs().max()) * factor > LARGEST << FRACTION:
+    if int(change.abs().max()) * factor > LARGEST << FRACTION + bits:
         raise UpdateError(
             "what the clients send would move the pool's state out of 32 bits",
             "a smaller [strategy] lr or unit",
         )
-    return change * factor
+    return change * factor >> bits
 
 
 def rounded(change: Tensor) -> Tensor:

@@ -320,6 +320,30 @@ def test_one_exchange_is_bounded_and_the_next_goes_on(monkeypatch: pytest.Monkey
     assert 1 < exchanges < 10 and equal(town[ALICE], town[BOB])
 
 
+def test_a_peer_that_answers_late_holds_nobody_up_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each call within its time, and one record in each answer: there is no end of it."""
+    monkeypatch.setattr(messages, "MOST_BYTES", 500)
+    town, seconds = Town(ALICE, BOB, CAROL, EVE), [0.0]
+    learn(town[BOB], chain(BOB, 90))
+    learn(town[CAROL], chain(CAROL, 1))
+    alice, call = town[ALICE], town.network.deliver
+
+    def late(caller: bytes, peer: bytes, verb: str, body: bytes) -> bytes:
+        seconds[0] += 9.0 * (peer == peer_of(BOB))
+        return call(caller, peer, verb, body)
+
+    monkeypatch.setattr(town.network, "deliver", late)
+    alice._clock = lambda: seconds[0]
+    with pytest.raises(PeerError, match="is slow: an exchange took over 120 s"):
+        alice.sync(peer_of(BOB))
+    assert seconds[0] < 140 and 5 < alice.ledger.head(peer_of(BOB)).count < 40
+    assert alice.sync(peer_of(CAROL)).complete, "whoever else is asked has all its time"
+    alice.publish(Kind.RECORD, record(ALICE).encoded)
+    assert alice.spread(3) == []
+
+
 def test_a_ledger_from_a_checkpoint_gossips_what_it_has() -> None:
     """It takes the tail and gives its own; what lies before the checkpoint it cannot give."""
     town = Town(ALICE, CAROL)

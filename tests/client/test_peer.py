@@ -28,6 +28,7 @@ from tiny_peers import (
     until_equal,
 )
 
+from meadow.client import gossip_messages as messages
 from meadow.client.peer import Peer
 from meadow.client.peer_memory import entry_of, read_ledger
 from meadow.client.peer_steps import Made
@@ -277,6 +278,47 @@ def test_an_old_copy_of_a_folder_is_noticed_before_it_forks_the_chain(
             assert len(chain_of(bob, "ada")) == 4 and not bob.gossip.ledger.excluded
 
 
+def test_an_old_copy_that_hears_of_its_newest_record_first_goes_on_as_well(town: Town) -> None:
+    """A fresh record is pushed, whatever lies before it; the rest comes by comparing."""
+    old = town.root / "old"
+    with town.peer("ada") as ada, town.peer("bob") as bob, serving(ada, bob):
+        ada.step()
+        shutil.copytree(ada.folder, old)
+        newest = [ada.step() for _ in range(2)][-1].record
+        until_equal(ada, bob)
+    with town.peer("ada", old) as ada:
+        ada.gossip.handle(key("bob"), "push", pushed(town, newest))
+        with pytest.raises(JournalError, match="hold record 2 of this peer"):
+            ada._ready.set()
+            ada.work()
+    with town.peer("ada", old) as ada:
+        ada.start()
+        eventually(lambda: any("waits for records 1 to 2" in t for t in town.notices("ada")))
+        with pytest.raises(JournalError, match="waits for records"):
+            ada.step()
+        assert not ada._ready.is_set()
+    with town.peer("bob") as bob, serving(bob), restarted(town, old, bob) as ada:
+        exchange_until(ada, lambda: ada.status()["own_records"] == 3)
+        assert not ada.stopping
+        assert ada.step().record.sequence == 3
+        until_equal(ada, bob)
+        assert not bob.gossip.ledger.excluded
+
+
+def test_a_record_between_the_disk_and_the_ledger_is_nothing_to_wait_for(town: Town) -> None:
+    """The gossip looks while the training keeps one."""
+    with town.peer("ada") as ada:
+        ada._begin()
+        made = ada.stepper.make(ada.gossip.ledger.q, Head(), 1)
+        ada.store.append_own(entry_of(record_item(made.record)))
+        ada._begin()
+        assert ada._ready.is_set() and town.notices("ada") == []
+
+
+def pushed(town: Town, record: Record) -> bytes:
+    return messages.seal(town.charter.digest, messages.encode_items([record_item(record)]))
+
+
 def restarted(town: Town, folder: Path, other: Peer) -> Peer:
     """Ada's peer in a folder, which knows where the other listens."""
     ada = town.peer("ada", folder)
@@ -453,6 +495,25 @@ def test_stopping_does_not_wait_for_a_peer_that_gives_no_answer(town: Town) -> N
             assert ended and town.notices("ada") == []
 
 
+def test_who_has_made_all_steps_of_a_run_only_gossips(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record too many would be measured first, and then end the peer at every start."""
+    for module in ("client.peer", "strategies.records"):
+        monkeypatch.setattr(f"meadow.{module}.LAST_STEP", 5)
+    with town.peer("ada") as ada:
+        worker = threading.Thread(target=ada.work)
+        ada.start()
+        worker.start()
+        eventually(
+            lambda: not worker.is_alive() or any("4 steps" in t for t in town.notices("ada"))
+        )
+        ada.stop()
+        worker.join()
+        assert ada._fault is None and len(chain_of(ada, "ada")) == 2
+        assert "it only gossips now" in town.notices("ada")[-1]
+
+
 # --- folders -------------------------------------------------------------------------------------
 
 
@@ -503,3 +564,14 @@ def test_records_of_a_stranger_are_counted_and_change_nothing(town: Town) -> Non
         added = ada.gossip.publish(Kind.RECORD, forged(town, "joe").encoded)
         assert added.error is not None and ada.status()["state"] == state
         assert ada.status()["counted"] == {f"unknown peer from {ada.me.hex()[:16]}": 1}
+
+
+def test_refused_calls_are_in_the_status_beside_refused_records(town: Town) -> None:
+    """What the server turns away before it is read, and what no ledger counts."""
+    with town.peer("ada") as ada, town.peer("bob") as bob, serving(ada, bob):
+        for verb in ("nonsense", "cosign"):
+            with pytest.raises(PeerError, match="refuses"):
+                bob.transport.call(ada.me, verb, b"junk")
+        told = ada.status()["counted"]
+    who = bob.me.hex()[:16]
+    assert told == {f"malformed message from {who}": 1, f"call refused from {who}": 2}

@@ -7,6 +7,7 @@ import random
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,13 +154,36 @@ def test_nothing_to_audit_is_said(town: Town, ledger: Ledger) -> None:
         next(audit(town.stepper("eve"), ledger, town.root / "ada", 1, random.Random(0)))
 
 
-def test_a_model_that_no_longer_counts_is_said(liar: Town) -> None:
-    log = liar.root / "ada" / "events.jsonl"
-    late = {"kind": "record", "round": 0, "cut": {key("bob").hex(): 5}}
-    log.write_bytes(log.read_bytes() + json.dumps(late).encode() + b"\n")
+def test_a_model_that_no_longer_counts_is_passed_over_and_said_if_it_is_all(liar: Town) -> None:
+    """Another's proven fork must not keep a peer from auditing what can be measured."""
+    log, stale = liar.root / "ada" / "events.jsonl", {key("bob").hex(): 5}
     ledger = read_ledger(liar.charter, liar.root / "ada")
-    with pytest.raises(JournalError, match="measured on 5 records of .* do not count"):
-        list(audit(liar.stepper("ada"), ledger, liar.root / "ada", 2, random.Random(0)))
+    for number, left in ((0, [1]), (1, [])):
+        late = {"kind": "record", "round": number, "cut": stale}
+        log.write_bytes(log.read_bytes() + json.dumps(late).encode() + b"\n")
+        found = audit(liar.stepper("ada"), ledger, liar.root / "ada", 2, random.Random(0))
+        if left:
+            assert [row.sequence for row in found] == left
+        else:
+            with pytest.raises(JournalError, match="all 2 records .* do not count any more"):
+                next(found)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [{"round": 0, "cut": {"zz": 1}}, {"cut": {}}, {"round": "x", "cut": {}},
+     {"round": 0, "cut": {64 * "0": "1"}}, {"round": 0, "cut": [1]}],
+)  # fmt: skip
+def test_a_log_of_nonsense_says_nothing(liar: Town, event: dict[str, Any]) -> None:
+    log = liar.root / "ada" / "events.jsonl"
+    log.write_text(json.dumps({"kind": "record", **event}) + "\n" + 10**5 * "[" + "\n")
+    assert cuts(liar.root / "ada") == {}
+    ledger = read_ledger(liar.charter, liar.root / "ada")
+    with pytest.raises(JournalError, match="events.jsonl must be kept"):
+        next(audit(liar.stepper("ada"), ledger, liar.root / "ada", 2, random.Random(0)))
+    log.unlink()
+    with pytest.raises(JournalError, match="events.jsonl must be kept"):
+        next(audit(liar.stepper("ada"), ledger, liar.root / "ada", 2, random.Random(0)))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from meadow.client.record_store import Entry, Kind, RecordStore
+from meadow.client.record_store import Entry, Kind, RecordStore, owner_of
 from meadow.errors import FormatError, JournalError
 
 RUN, OWN, OTHER = b"r" * 32, b"o" * 32, b"x" * 32
@@ -192,6 +192,15 @@ def test_another_program_s_database_is_refused(folder: Path) -> None:
     change(folder, "CREATE TABLE things (name)")
     with pytest.raises(FormatError, match="format 0"):
         RecordStore.open(folder, RUN, OWN)
+
+
+@pytest.mark.parametrize("statement", ["", "CREATE TABLE facts (key, value)", "CREATE TABLE x (y)"])
+def test_a_database_of_nobody_is_refused_by_name(folder: Path, statement: str) -> None:
+    """A file that a crash, or a copy, left empty is one."""
+    folder.mkdir()
+    change(folder, statement)
+    with pytest.raises(JournalError, match="does not say whose it is"):
+        owner_of(folder)
 
 
 @pytest.mark.parametrize(

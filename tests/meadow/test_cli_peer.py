@@ -245,6 +245,9 @@ def test_cards_that_are_none_and_a_charter_that_is_there_are_refused(
     assert "TLS certificate of peer" in ada.fails(capsys, *charter)
     card.write_text(json.dumps(fields | {"address": "nowhere"}))
     assert "is no address" in ada.fails(capsys, *charter)
+    card.write_text(json.dumps(fields | {"address": "http://bob:7070"}))
+    assert "'http://bob:7070' is not an address" in ada.fails(capsys, *charter)
+    assert "is not an address" in bob.fails(capsys, "card", "--address", "http://bob:7070")
     ada.do("charter", "run.toml")
     assert "charter.json exists" in ada.fails(capsys, "charter", "run.toml")
 

@@ -119,6 +119,8 @@ def test_whole_numbers_serve_as_floats() -> None:
         ('[model]\nrank = "8"', "run.toml: [model] rank is '8' (expected int)"),
         ("[model]\nrank = 8.0", "run.toml: [model] rank is 8.0 (expected int)"),
         ("[model]\nrank = true", "run.toml: [model] rank is True (expected int)"),
+        ("[peer]\nsync_seconds = 9e9", "run.toml: [peer] sync_seconds is 9000000000.0"),
+        ("[peer]\nwitnesses = 64", "run.toml: [peer] witnesses is 64 (at most 63)"),
         ("[rounds]\nfraction = 25", "run.toml: [rounds] fraction is 25.0 (at most 1)"),
         ("[rounds]\nquorum = 3", "run.toml: [rounds] quorum is 3.0 (at most 1)"),
         ("[model]\nrank = 0", "run.toml: [model] rank is 0 (at least 1)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,17 @@ def test_a_torn_last_line_spoils_no_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_long_log_is_continued_without_being_read(tmp_path: Path) -> None:
+    """That of a peer with a hundred others grows by ten kilobytes a record."""
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b"{}\n" * 2**21)
+    tracemalloc.start()
+    EventLog(path).close()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**18 and path.stat().st_size == 3 * 2**21
+
+
 def test_a_full_disk_is_a_storage_error(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.symlink_to("/dev/full")

@@ -62,6 +62,8 @@ def test_a_changed_charter_is_refused() -> None:
         {"founders": [{"key": "00", "certificate": "", "address": ""}]},
         {"founders": [{**member(ALICE).to_json(), "certificate": "%%"}]},
         {"pool": {}},
+        {"pool": []},
+        {"pool": None},
         {"pool": charter_of(ALICE).pool.to_json() | {"run_id": "ab"}},
         {"pool": charter_of(ALICE).pool.to_json() | {"base_digest": "ab"}},
         {"unknown": 1},

@@ -11,7 +11,8 @@ from gossips import chain, charter_of, identity, introduce, q_by_definition, rec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meadow.errors import FormatError, IdentityError, UpdateError
+from meadow.config import parse
+from meadow.errors import ConfigError, FormatError, IdentityError, UpdateError
 from meadow.strategies.charter import Charter
 from meadow.strategies.checkpoint import Checkpoint, Verdict, absorb, audit
 from meadow.strategies.ledger import Kind, Ledger
@@ -72,6 +73,30 @@ def test_any_q_travels_in_the_least_width(largest: int, other: int) -> None:
     )
     assert len(checkpoint.encoded) == 13 + 16 * least
     assert torch.equal(Checkpoint.decode(checkpoint.encoded, CHARTER, MEMBERS).q, q)
+
+
+def test_a_cut_far_behind_is_not_worth_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any member may ask for a signature, and the signer takes every later record out of Q."""
+    checkpoint, full = Checkpoint.take(ledger_of(HISTORY[:-5])), ledger_of(HISTORY)
+    monkeypatch.setattr("meadow.strategies.checkpoint.MOST_BEHIND", 5)
+    assert checkpoint.sign(BOB, full).records == len(HISTORY) - 5
+    monkeypatch.setattr("meadow.strategies.checkpoint.MOST_BEHIND", 4)
+    with pytest.raises(UpdateError, match="over 4 records that follow .*take a newer one"):
+        checkpoint.sign(BOB, full)
+
+
+def test_as_many_witnesses_as_a_config_may_ask_for_can_sign() -> None:
+    """And whoever asks them: more could be written down, and be read by nobody."""
+    people = [identity(f"witness {number}") for number in range(64)]
+    with pytest.raises(ConfigError, match="at most 63"):
+        parse("[peer]\nwitnesses = 64")
+    charter, most = charter_of(*people), parse("[peer]\nwitnesses = 63").peer.witnesses
+    ledger = ledger_of(chain(people[0], 1), charter)
+    checkpoint = Checkpoint.take(ledger)
+    for who in people[: most + 1]:
+        checkpoint = checkpoint.sign(who, ledger)
+    read = Checkpoint.decode(checkpoint.encoded, charter, ledger.members)
+    read.verify(ledger.members, threshold=most + 1)
 
 
 def test_an_overflow_is_refused() -> None:

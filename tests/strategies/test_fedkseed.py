@@ -94,6 +94,19 @@ def test_a_round_by_hand(gain: float, cores: str) -> None:
     assert len({*own_directions("ada"), *own_directions("bob")}) > 4  # of their own
 
 
+@pytest.mark.parametrize(("scale", "gain"), [(-14, 0.04), (-14, 0.6), (-16, 0.1), (-6, 0.001)])
+def test_a_gain_below_one_is_kept_where_the_multiplier_is_small(scale: int, gain: float) -> None:
+    """An adaptive scale leads there in mid-run; rounded to a whole number, the step was none."""
+    made = strategy(scale=scale, gain=gain)
+    full = {
+        name: ([127 if b > 0 else -127 for b in bytes_], w) for name, (bytes_, w) in SENT.items()
+    }
+    plain = stepped(strategy(scale=scale, gain=1000.0), full).tensors["q"].double()
+    found = stepped(made, full).tensors["q"].double()
+    assert float((found - plain * gain / 1000).abs().max()) < 0.51 + 0.01 * float(found.abs().max())
+    assert found.any()
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.permutations(list(SENT)), st.sampled_from(["mean", "median", "trimmed", "clipped"]))
 def test_the_order_of_the_clients_does_not_matter(order: list[str], rule: str) -> None:

@@ -180,6 +180,14 @@ def test_what_a_first_order_client_asks() -> None:
     assert memory.data == {"steps": 13}
 
 
+@pytest.mark.parametrize("exponent", [-2000, -41, 41, 2000])
+def test_a_scale_out_of_all_bounds_is_refused_before_any_round(exponent: int) -> None:
+    """2.0**2000 and 1 / 2.0**-2000 are no numbers: a traceback at the client."""
+    with pytest.raises(ConfigError, match="core_scale"):
+        strategy(core_scale=exponent)
+    assert strategy(core_scale=40).core_scale == -strategy(core_scale=-40).core_scale
+
+
 def test_a_zeroth_order_client_asks_for_losses_only() -> None:
     made = strategy()
     update, memory, asked = worked(made, made.init(SEED), "eve", steps=9)
