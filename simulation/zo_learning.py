@@ -152,11 +152,11 @@ def fresh_or_pool(name: str, config: Config, steps: int) -> Case:
     A step's rows share one direction, as MeZO's do, or have one each.
     """
     config = _stepped(config, steps, 1)
-    rows = config.clients.batch
+    rank, rows = config.model.rank, config.clients.batch
     arms = [("MeZO, Gaussian, fresh", mezo()), ("rank-one signs, fresh", rank_one())]
     arms += [("full-rank signs, fresh", full_rank())]
-    arms += [("pool, r = 64", zeroth(64, stands_for=1))]
-    arms += [(f"{arms[-1][0]}, a direction a row", zeroth(64, stands_for=1, directions=rows))]
+    arms += [(f"pool, r = {rank}", zeroth(rank, stands_for=1))]
+    arms += [(f"{arms[-1][0]}, a direction a row", zeroth(rank, stands_for=1, directions=rows))]
     promised = name == "nano"
     bars = dict.fromkeys((arm for arm, _ in arms[-2:]), 0.95) if promised else {}
     seeds = SEEDS if promised else FEWER_SEEDS
@@ -199,14 +199,14 @@ def nano(participants: int = 4) -> Config:
     return ranked(demo.FULL.replace(data={"participants": participants}), 64)
 
 
-def texts(base: str) -> dict[str, Config]:
+def texts(base: str, rank: int = 64) -> dict[str, Config]:
     """The data sets of `meadow bench strategies` on a base model."""
     data = Path(os.environ.get("MEADOW_DATA", "../shared/data"))
-    return {name: ranked(config, 64) for name, config in tasks(base, data).items()}
+    return {name: ranked(config, rank) for name, config in tasks(base, data).items()}
 
 
 def stories() -> str:
-    """The small llama that learning is reported on without a bar."""
+    """The small llama that learning is reported on without a bar; its ranks go up to 32."""
     models = Path(os.environ.get("MEADOW_MODELS", "../shared/models"))
     return str((models / "stories260K").resolve())
 
@@ -214,7 +214,7 @@ def stories() -> str:
 CASES: dict[str, Callable[[int], list[Case]]] = {
     "fresh_or_pool": lambda steps: [
         fresh_or_pool("nano", nano(), steps),
-        *(fresh_or_pool(name, config, steps) for name, config in texts(stories()).items()),
+        *(fresh_or_pool(name, config, steps) for name, config in texts(stories(), 32).items()),
     ],
     "federated_or_alone": lambda steps: [federated_or_alone("nano", nano(8), steps, 8)],
     "cores_or_factors": lambda steps: [

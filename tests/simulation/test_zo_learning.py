@@ -237,7 +237,7 @@ def here(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """All cases on the tiny base, at ranks that it has."""
     small = ranked(config_over(Path(tiny.model.base), Path(tiny.data.source)), 4)
     monkeypatch.setattr(zo_learning, "nano", lambda participants=4: small)
-    monkeypatch.setattr(zo_learning, "texts", lambda base: {"dolly_small": small})
+    monkeypatch.setattr(zo_learning, "texts", lambda base, rank=64: {"dolly_small": small})
     monkeypatch.setattr(zo_learning, "stories", lambda: "")
     for name in ("zeroth", "federated", "domain"):
         honest = getattr(zo_arms, name)
@@ -272,8 +272,8 @@ def test_every_case_runs_to_its_rows(here: None, kept: KeptResults) -> None:
         assert {"case", "value", "unit", "baseline", "ratio", "bar", "spread"} <= set(row)
         assert math.isfinite(row["value"]) and row["seeds"] == 1
     bars = {row["case"]: row["bar"] for row in rows if row["bar"] is not None}
-    assert bars == {"fresh_or_pool, nano/pool, r = 64": 0.95,
-                    "fresh_or_pool, nano/pool, r = 64, a direction a row": 0.95,
+    assert bars == {"fresh_or_pool, nano/pool, r = 4": 0.95,
+                    "fresh_or_pool, nano/pool, r = 4, a direction a row": 0.95,
                     "federated_or_alone, nano/8 clients": 0.9}  # fmt: skip
 
 
