@@ -12,7 +12,7 @@ import pytest
 from meadow.cli import main
 from meadow.config import Config
 from meadow.errors import DataError, UpdateError
-from meadow.simulation import baselines, bench, zo_bench, zo_speed
+from meadow.simulation import baselines, bench, zo_bench, zo_learning, zo_speed
 from meadow.simulation.bench import kept_in
 from meadow.simulation.engine import Lab
 
@@ -42,6 +42,28 @@ def test_the_zeroth_order_page_is_what_its_report_says_and_keeps_its_bars() -> N
     assert [row["case"] for row in report["rows"]] == list(zo_speed.CASES)
     barred = [row for row in report["rows"] if row["bar"] is not None]
     assert len(barred) == 6 and all(row["value"] <= row["bar"] for row in barred)
+
+
+def test_the_learning_page_is_what_its_report_says() -> None:
+    report = json.loads((PAGES / "zo-learning.json").read_text())
+    assert (PAGES / "zo-learning.md").read_text() == zo_bench.learning_page(report)
+    assert {row["case"].split(",")[0] for row in report["rows"]} == set(zo_learning.CASES)
+    for row in report["rows"]:
+        assert {"case", "value", "unit", "baseline", "ratio", "spread", "lr"} <= set(row)
+        assert row["seeds"] == (5 if _is_paired(row["case"]) else 3)
+
+
+def _is_paired(case: str) -> bool:
+    return case.startswith(("fresh_or_pool, nano", "federated_or_alone", "mixed_order"))
+
+
+@pytest.mark.parametrize("text", ["nano", "dolly_small"])
+def test_some_pool_of_cores_learns_nearly_what_factors_do(text: str) -> None:
+    rows = json.loads((PAGES / "zo-learning.json").read_text())["rows"]
+    pools = [
+        row["value"] for row in rows if row["case"].startswith(f"cores_or_factors, {text}/pool")
+    ]
+    assert len(pools) == 4 and max(pools) >= 0.85
 
 
 def test_rows_are_means_and_half_ranges_over_the_seeds() -> None:
