@@ -24,6 +24,7 @@ from meadow.events import Event
 from meadow.store import Disk
 from meadow.strategies.charter import Charter, Member
 from meadow.strategies.introductions import Introduction, JoinRequest
+from meadow.strategies.records import Head, Record
 
 NAMES = ("ada", "bob", "eve")
 RUN = 64 * "7"
@@ -149,3 +150,20 @@ def eventually(check: Callable[[], bool]) -> None:
             return
         time.sleep(0.01)
     raise AssertionError("it did not come to pass")
+
+
+def chain_of(peer: Peer, name: str) -> list[Record]:
+    return peer.gossip.ledger.chain(key(name)).counted()
+
+
+def exchange_until(peer: Peer, check: Callable[[], bool]) -> None:
+    for _ in range(50):
+        if check():
+            return
+        peer.exchange()
+    raise AssertionError("no exchange led to it")
+
+
+def forged(town: Town, name: str, head: Head | None = None) -> Record:
+    run = town.charter.run
+    return Record.sign(identity(name), run, head or Head(), b"\x01\x02\x03", shift=1)

@@ -286,15 +286,21 @@ def test_a_server_that_just_lost_the_version_is_passed_over(tmp_path: Path) -> N
     play(tmp_path, scene)
 
 
+async def hanging(stage: Stage, askers: int) -> list[asyncio.Task[tuple[int, Any, Any]]]:
+    """All servers stop answering, and so many clients wait for them."""
+    for server in stage.servers:
+        server.hangs = True
+    waiting = [asyncio.create_task(stage.ask()) for _ in range(askers)]
+    while sum(replica.in_flight for replica in stage.replicas) < askers:
+        await asyncio.sleep(0.01)
+    return waiting
+
+
 def test_who_waits_for_a_server_that_hangs_is_answered_by_another(tmp_path: Path) -> None:
     """It takes connections and says nothing: a look finds that out, long before the asker."""
 
     async def scene(stage: Stage) -> None:
-        for server in stage.servers:
-            server.hangs = True
-        waiting = [asyncio.create_task(stage.ask()) for _ in range(4)]
-        while sum(replica.in_flight for replica in stage.replicas) < 4:
-            await asyncio.sleep(0.01)
+        waiting = await hanging(stage, 4)
         assert [replica.in_flight for replica in stage.replicas] == [2, 2]
         stage.servers[1].hangs = False
         with pytest.raises(ReplicaError, match="gives no answer"):
@@ -309,10 +315,7 @@ def test_who_waits_for_a_server_that_hangs_is_answered_by_another(tmp_path: Path
 
 def test_an_answer_that_only_one_server_can_give_is_waited_for(tmp_path: Path) -> None:
     async def scene(stage: Stage) -> None:
-        stage.servers[0].hangs = True
-        waiting = asyncio.create_task(stage.ask())
-        while not stage.replicas[0].in_flight:
-            await asyncio.sleep(0.01)
+        (waiting,) = await hanging(stage, 1)
         with pytest.raises(ReplicaError, match="gives no answer"):
             await stage.replicas[0].look()
         assert (await stage.ask())[0] == 503
@@ -324,10 +327,7 @@ def test_an_answer_that_only_one_server_can_give_is_waited_for(tmp_path: Path) -
 
 def test_who_goes_while_a_server_hangs_leaves_nothing_under_way(tmp_path: Path) -> None:
     async def scene(stage: Stage) -> None:
-        stage.servers[0].hangs = True
-        waiting = asyncio.create_task(stage.ask())
-        while not stage.replicas[0].in_flight:
-            await asyncio.sleep(0.01)
+        (waiting,) = await hanging(stage, 1)
         waiting.cancel()
         while stage.replicas[0].in_flight or stage.routes.running(name_of(1)):
             await asyncio.sleep(0.01)
