@@ -26,12 +26,13 @@ from .engine import Lab, open_lab
 from .kept_results import KeptResults
 from .zo_arms import Arm, Outcome, domain, federated, full_rank, mezo, rank_one, ranked, zeroth
 
-ZEROTH_RATES = (3e-5, 6e-5, 1.2e-4, 2.4e-4, 5e-4, 1e-3)
+ZEROTH_RATES = (3e-5, 6e-5, 8.5e-5, 1.2e-4, 1.7e-4, 2.4e-4, 5e-4, 1e-3)  # closer where arms end
 FIRST_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SEEDS = 5
 FEWER_SEEDS = 3  # of cases that promise nothing to be paired over five
 STEPS = 600  # of one client that holds all text
 ROUNDS = 10
+ADDED = {"first_share": "first_order"}
 
 Row = dict[str, Any]
 Phase = Callable[[str], None]
@@ -184,14 +185,17 @@ def cores_or_factors(name: str, config: Config) -> Case:
 
 
 def mixed_order(name: str, config: Config, holder: str) -> Case:
-    """The loss on a domain that one client alone holds, who has zeroth-order steps, or first-order
-    ones (the reference), or is not there at all."""
+    """The loss on a domain that one client alone holds, who has zeroth-order steps (weighed with
+    the others' or added to their mean), or first-order ones (the reference), or is not there."""
     first, absent = (
         Arm(f"{holder}: {label}", domain(holder, kind, 64), ZEROTH_RATES[:1])
         for label, kind in (("first order", "first"), ("absent", "absent"))
     )
-    own = Arm(f"{holder}: zeroth order", domain(holder, "zeroth", 64), ZEROTH_RATES)
-    return Case(f"mixed_order, {name}", config, (first, own, absent), {})
+    own, beside = (
+        Arm(f"{holder}: zeroth order{label}", domain(holder, "zeroth", 64, **option), ZEROTH_RATES)
+        for label, option in (("", {}), (", added to the others' mean", ADDED))
+    )
+    return Case(f"mixed_order, {name}", config, (first, own, beside, absent), {})
 
 
 def nano(participants: int = 4) -> Config:

@@ -5,16 +5,19 @@
     zeroth order  as FedKSeed: a byte a step, for clients without memory for gradients
     coordinator   Q += sum_c w_c dQ_c,   w_c = n_c / n, times `zeroth_gain` for a zeroth-order c
 
-Both kinds of clients enter the same integers; n counts the rows of all of them.  With a shared
-core and r = 64 a first-order update is 4,096 integers, the smallest that trains every layer (like
-LoRA-XS, Balazy et al. 2024, arXiv 2405.17604, with signs for its frozen factors and one core).
+Both kinds of clients enter the same integers; n counts the rows of all of them.  A zeroth-order
+client moves Q little for its weight, so it holds the others back by its share; with
+`first_share = "first_order"` a first-order client's n counts first-order clients' rows alone, and
+zeroth-order changes are added to their mean.  With a shared core and r = 64 a first-order update
+is 4,096 integers, the smallest that trains every layer (like LoRA-XS, Balazy et al. 2024,
+arXiv 2405.17604, with signs for its frozen factors and one core).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +41,9 @@ class PoolLora(PoolStrategy):
 
     zeroth: list[str] = option([], "participants that send zeroth-order bytes, by name")
     zeroth_gain: float = option(1.0, "factor of what zeroth-order clients change", 0)
+    first_share: Literal["all", "first_order"] = option(
+        "all", "a first-order client's weight is its share of the rows of these clients"
+    )
     core_scale: int = option(
         -8, "exponent: a trained number of 1 is a core entry of 2^core_scale", -40, 40
     )
@@ -79,8 +85,7 @@ class PoolLora(PoolStrategy):
         sent, bytes_ = self.broadcast(state, turn), []
         q, scale = state.tensors["q"], state.data["scale"]
         change = torch.zeros_like(q)
-        weights = fixed_weights([part.weight for part in total.parts])
-        for part, weight in zip(total.parts, weights.tolist(), strict=True):
+        for part, weight in zip(total.parts, self.weights(total.parts), strict=True):
             if CORE in part.tensors:
                 change += times(part.tensors[CORE].long(), weight)
             else:
@@ -92,6 +97,16 @@ class PoolLora(PoolStrategy):
         if self.adaptive_scale and bytes_:
             scale = next_scale(sent.notes["scale"], torch.cat(bytes_).long().numpy())
         return State({**state.tensors, "q": q}, {**state.data, "scale": scale})
+
+    def weights(self, parts: Sequence[Update]) -> list[int]:
+        """Each part's weight, in fixed point."""
+        of_all: list[int] = fixed_weights([part.weight for part in parts]).tolist()
+        first = [at for at, part in enumerate(parts) if CORE in part.tensors]
+        if self.first_share == "first_order" and first:
+            of_first = fixed_weights([parts[at].weight for at in first]).tolist()
+            for at, weight in zip(first, of_first, strict=True):
+                of_all[at] = weight
+        return of_all
 
     def walked(self, part: Update, sent: Update, turn: Turn) -> Tensor:
         """What a zeroth-order client's bytes add to Q, by its own account: int64 (cores, r, r)."""

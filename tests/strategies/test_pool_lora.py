@@ -76,6 +76,27 @@ def test_a_mixed_round_by_hand(gain: float, cores: str) -> None:
         assert torch.equal(q, stepped(made, parts).tensors["q"])
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 50)), min_size=1, max_size=6))
+def test_first_order_clients_among_themselves(clients: list[tuple[bool, int]]) -> None:
+    """Q += sum_first n_c dQ_c / n_first + sum_zeroth n_c dQ_c / n, in any order of the clients."""
+    made = strategy(zeroth=[f"z{at}" for at in range(6)], first_share="first_order")
+    expected = torch.zeros((1, RANK, RANK), dtype=torch.float64)
+    rows, of_first = sum(n for _, n in clients), sum(n for first, n in clients if first)
+    parts = []
+    for at, (first, n) in enumerate(clients):
+        if first:
+            parts.append(Update({CORE: core(at)}, float(n), sender=f"f{at}"))
+            expected += core(at).double() * n / of_first
+        else:
+            parts.append(of_bytes([at, 5, -9, 0], float(n), f"z{at}"))
+            alone = stepped(made, parts[-1:]).tensors["q"]  # exactly what it sent
+            expected += alone.double() * n / rows
+    q = stepped(made, parts).tensors["q"]
+    assert float((q.double() - expected).abs().max()) < 4
+    assert torch.equal(q, stepped(made, parts[::-1]).tensors["q"])
+
+
 def test_one_client_of_either_kind_moves_q_by_exactly_what_it_sent() -> None:
     made, change = strategy(), core(1)
     found = stepped(made, [Update({CORE: change}, 7.0, sender="ada")])
