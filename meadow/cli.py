@@ -221,7 +221,6 @@ def _strategies(options: argparse.Namespace, console: Console) -> list[dict[str,
     return found
 
 
-_Measure = Callable[..., tuple[dict[str, Any], str]]
 _FLAGS = {
     "mixed_ranks": "mixed ranks",
     "quantized_base": "quantised base",
@@ -280,20 +279,18 @@ def _pool(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from .simulation import bench, deploy_bench, serve_bench, zo_bench
+    from .simulation.bench_request import BenchRequest, Report
 
-    own: dict[str, _Measure] = {"deploy": deploy_bench.run, "serve": serve_bench.run}
+    own: dict[str, Callable[[BenchRequest], Report]]
+    own = {"deploy": deploy_bench.run, "serve": serve_bench.run}
     own |= dict.fromkeys(zo_bench.NAMES, zo_bench.run)
-    measure = own.get(options.name) or bench.run
-    seeds = options.seeds or (5 if options.name == "zo-learning" else 3)
-    more = {}
-    if options.reuse:
-        if options.name in ("zo", *own.keys() - set(zo_bench.NAMES)):
-            raise ConfigError(f"bench {options.name} keeps no results", "leave --reuse out")
-        more["reuse"] = options.reuse
+    measure = own.get(options.name, bench.run)
     with Display(console) as display:
-        report, text = measure(
-            options.name, options.out, options.model, seeds, options.only, display.enter, **more
-        )
+        request = BenchRequest(
+            options.name, options.out, display.enter, options.model, options.seeds, options.only,
+            tuple(options.reuse),
+        )  # fmt: skip
+        report, text = measure(request)
     Console().print(text, markup=False, highlight=False)
     return report
 

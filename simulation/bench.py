@@ -9,12 +9,11 @@ range over the seeds.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,12 +21,13 @@ from statistics import mean
 from typing import Any
 
 from ..config import Config
-from ..errors import ConfigError, DataError, QuorumError, UpdateError
+from ..errors import DataError, QuorumError, UpdateError
 from . import baselines
+from .bench_request import BenchRequest, Report, Row
 from .engine import Lab, open_lab, simulate
 from .kept_results import KeptResults
-from .provenance import provenance
 
+SEEDS = 3
 GRID = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
 """Factors of the case's learning rate that every arm chooses from."""
 
@@ -121,72 +121,22 @@ def refine_task(model: str, data: Path) -> dict[str, Config]:
     }
 
 
-def run(
-    name: str,
-    out: Path,
-    model: str,
-    seeds: int,
-    only: str,
-    phase: Callable[[str], None],
-    reuse: Collection[str] = (),
-) -> tuple[dict[str, Any], str]:
-    """The report (JSON) and the table (Markdown) of "strategies" or "refine"; both also written
-    into `out`."""
+def run(request: BenchRequest) -> Report:
+    """The report and the table of "strategies" or "refine"; both also written into its folder."""
     data = Path(os.environ.get("MEADOW_DATA", "../shared/data"))
     models = Path(os.environ.get("MEADOW_MODELS", "../shared/models"))
-    base = model or str((models / "stories260K").resolve())
-    found = tasks(base, data) if name == "strategies" else refine_task(base, data)
-    wanted = wanted_of(name, only, list(found))
-    kept = kept_in(out, reuse)
-    arms = ARMS if name == "strategies" else REFINEMENTS
-    rows: list[dict[str, Any]] = []
-    for case, config in found.items():
-        if not wanted or case in wanted:
-            with tempfile.TemporaryDirectory() as runs:
-                measured = _Case(case, config, Path(runs), phase, kept)
-                for seed in range(1, seeds + 1):
-                    measured.measure(seed, arms)
-                rows += measured.rows()
-    return publish(name, out, rows, page, kept.others)
-
-
-def kept_in(out: Path, reuse: Collection[str] = ()) -> KeptResults:
-    """The results that a bench of hours keeps in its folder, as it goes.
-
-    Raises OSError where the folder cannot be written: before the hours of measuring.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    origin = {key: provenance()[key] for key in ("hardware", "commit")}
-    return KeptResults(out / "measured.jsonl", origin, reuse)
-
-
-def publish(
-    name: str,
-    out: Path,
-    rows: list[dict[str, Any]],
-    page: Callable[[dict[str, Any]], str],
-    reused: Sequence[str] = (),
-) -> tuple[dict[str, Any], str]:
-    """Write a benchmark's report, `<name>.json`, and the page that is made of it, `<name>.md`.
-
-    `reused` are the other commits that have measured some of it.
-    """
-    report = {"bench": name, **provenance(), "rows": rows}
-    report["commit"] += "".join(f" and {commit}" for commit in reused)
-    text = page(report)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (out / f"{name}.md").write_text(text, encoding="utf-8")
-    return report, text
-
-
-def wanted_of(name: str, only: str, known: Sequence[str]) -> list[str]:
-    """The cases that `only` (comma-separated; empty: all) names.  Raises ConfigError."""
-    wanted = [part.strip() for part in only.split(",") if part.strip()]
-    unknown = [part for part in wanted if part not in known]
-    if unknown:
-        raise ConfigError(f"bench {name} has no case {unknown[0]!r}", f"known: {', '.join(known)}")
-    return wanted
+    base = request.model or str((models / "stories260K").resolve())
+    every_strategy = request.name == "strategies"
+    found = tasks(base, data) if every_strategy else refine_task(base, data)
+    wanted, kept = request.wanted(list(found)), request.kept()
+    rows: list[Row] = []
+    for case in wanted:
+        with tempfile.TemporaryDirectory() as runs:
+            measured = _Case(case, found[case], Path(runs), request.phase, kept)
+            for seed in range(1, 1 + (request.seeds or SEEDS)):
+                measured.measure(seed, ARMS if every_strategy else REFINEMENTS)
+            rows += measured.rows()
+    return request.publish(rows, page, kept.others)
 
 
 @dataclass(frozen=True)

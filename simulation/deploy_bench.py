@@ -11,15 +11,13 @@ everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ..errors import ConfigError
 from . import deploy_memory, deploy_overhead, plain_flower
-from .bench import publish, wanted_of
+from .bench_request import BenchRequest, Phase, Report, Row
 from .deploy_memory import AT_ONCE, ENGINE, OWN, Load, Peaks
 from .deploy_timeline import CAUSES, WORK, Traces, mean_seconds
 from .plain_flower import PlainRound
@@ -28,9 +26,6 @@ OVERHEAD, FLOWER = "round_overhead_seconds", "flower_round_overhead_seconds"
 WIRE = {"wire_bytes": "fedavg_lora", "wire_bytes_fedkseed": "fedkseed"}
 FLAT = 1.10
 """The most that 16 or 64 contributions may need, in units of what 4 do."""
-
-Row = dict[str, Any]
-Phase = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -48,27 +43,19 @@ class Size:
         return [OVERHEAD, FLOWER, *map(peak_case, self.contributions), *WIRE]
 
 
-def run(
-    name: str,
-    out: Path,
-    model: str,
-    seeds: int,
-    only: str,
-    phase: Phase,
-    size: Size | None = None,
-) -> tuple[dict[str, Any], str]:
-    """Measure the cases that `only` names (empty: all); the report and the page, also in `out`.
+def run(request: BenchRequest, size: Size | None = None) -> Report:
+    """Measure the cases asked for; the report and the page, also in its folder.
 
-    Raises ConfigError for an unknown case, and for a model: the cases name their own.
+    Raises ConfigError for an unknown case, for a model (the cases name their own) and for results
+    to be reused.
     """
-    if model:
-        raise ConfigError(f"bench {name} names its own models", "leave --model out")
     size = size or Size()
-    wanted = wanted_of(name, only, size.cases) or size.cases
-    out.mkdir(parents=True, exist_ok=True)  # a mistake in --out shows before the measuring
-    rows = [*_rounds(size, wanted, phase), *_peaks(size, wanted, phase)]
+    wanted = request.wanted(size.cases)
+    request.refuse_model()
+    request.at_once()
+    rows = [*_rounds(size, wanted, request.phase), *_peaks(size, wanted, request.phase)]
     rows.sort(key=lambda row: size.cases.index(row["case"]))
-    return publish(name, out, rows, page)
+    return request.publish(rows, page)
 
 
 def peak_case(contributions: int) -> str:

@@ -14,13 +14,11 @@ turns on one thread, prompts included.  The last three run the whole engine over
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
-from .bench import publish, wanted_of
+from .bench_request import BenchRequest, Phase, Report, Row
 from .one_thread import one_thread
 from .random_llama import M27, M105
 from .random_llama import Size as Shape
@@ -31,9 +29,6 @@ SHARE_27, SHARE_105, MIX = "base_share_27m", "base_share_105m", "base_share_27m_
 CHURN, PEFT = "churn_share_27m", "over_peft_27m"
 FAILED, MIXED, MANY = "failed_during_swaps", "mixed_versions", "adapters_2000_failed"
 CASES = (SHARE_27, SHARE_105, MIX, CHURN, PEFT, FAILED, MIXED, MANY)
-
-Row = dict[str, Any]
-Phase = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -48,26 +43,19 @@ class Size:
     requests: int = 3000
 
 
-def run(
-    name: str,
-    out: Path,
-    model: str,
-    seeds: int,
-    only: str,
-    phase: Phase,
-    size: Size | None = None,
-) -> tuple[dict[str, Any], str]:
-    """Measure the cases that `only` names (empty: all); the report and the page, also in `out`.
+def run(request: BenchRequest, size: Size | None = None) -> Report:
+    """Measure the cases asked for; the report and the page, also in its folder.
 
-    Raises ConfigError for an unknown case, and for a model: the cases name their own.
+    Raises ConfigError for an unknown case, for a model (the cases name their own) and for results
+    to be reused.
     """
-    if model:
-        raise ConfigError(f"bench {name} names its own models", "leave --model out")
-    size, wanted = size or Size(), wanted_of(name, only, CASES) or CASES
-    out.mkdir(parents=True, exist_ok=True)  # a mistake in --out shows before the measuring
+    size, wanted = size or Size(), request.wanted(CASES)
+    request.refuse_model()
+    request.at_once()
     with one_thread():
-        rows = [*_throughput(size, wanted, phase), *_under_load(size, wanted, phase)]
-        return publish(name, out, rows, page)
+        rows = [*_throughput(size, wanted, request.phase)]
+        rows += _under_load(size, wanted, request.phase)
+        return request.publish(rows, page)
 
 
 def _throughput(size: Size, wanted: Sequence[str], phase: Phase) -> Iterator[Row]:

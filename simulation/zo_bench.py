@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
 from . import zo_learning, zo_speed
-from .bench import kept_in, publish, wanted_of
+from .bench_request import BenchRequest, Report
 
 NAMES = ("zo", "zo-learning")
 
 
-def run(
-    name: str,
-    out: Path,
-    model: str,
-    seeds: int,
-    only: str,
-    phase: Callable[[str], None],
-    reuse: Collection[str] = (),
-) -> tuple[dict[str, Any], str]:
-    """Measure the cases that `only` names (empty: all); the report and the page, also in `out`.
+def run(request: BenchRequest) -> Report:
+    """Measure the cases asked for; the report and the page, also in its folder.
 
     Raises ConfigError for an unknown case, and for a model: the cases name their own.
     """
-    if model:
-        raise ConfigError(f"bench {name} names its own models", "leave --model out")
-    out.mkdir(parents=True, exist_ok=True)  # a mistake in --out shows before hours of measuring
-    if name == "zo":
-        wanted = wanted_of(name, only, zo_speed.CASES)
-        return publish(name, out, zo_speed.run(phase, wanted), speed_page)
-    wanted = wanted_of(name, only, list(zo_learning.CASES))
-    kept = kept_in(out, reuse)
-    rows = zo_learning.run(phase, kept, wanted, seeds)
-    return publish(name, out, rows, learning_page, kept.others)
+    request.refuse_model()
+    if request.name == "zo":
+        wanted = request.wanted(zo_speed.CASES)
+        request.at_once()
+        return request.publish(zo_speed.run(request.phase, wanted), speed_page)
+    wanted = request.wanted(list(zo_learning.CASES))
+    kept = request.kept()
+    rows = zo_learning.run(request.phase, kept, wanted, request.seeds or zo_learning.SEEDS)
+    return request.publish(rows, learning_page, kept.others)
 
 
 def speed_page(report: dict[str, Any]) -> str:

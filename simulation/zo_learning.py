@@ -22,6 +22,7 @@ from ..config import Config
 from ..errors import UpdateError
 from . import demo
 from .bench import tasks, unless_diverged
+from .bench_request import Phase, Row
 from .engine import Lab, open_lab
 from .kept_results import KeptResults
 from .zo_arms import Arm, Outcome, domain, federated, full_rank, mezo, rank_one, ranked, zeroth
@@ -33,9 +34,6 @@ FEWER_SEEDS = 3  # of cases that promise nothing to be paired over five
 STEPS = 600  # of one client that holds all text
 ROUNDS = 10
 ADDED = {"first_share": "first_order"}
-
-Row = dict[str, Any]
-Phase = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from meadow.cli import main
 from meadow.config import Config
 from meadow.errors import DataError, UpdateError
 from meadow.simulation import baselines, bench, zo_bench, zo_learning, zo_speed
-from meadow.simulation.bench import kept_in
+from meadow.simulation.bench_request import BenchRequest
 from meadow.simulation.engine import Lab
 
 PAGES = Path(__file__).parents[2] / "docs" / "benchmarks"
@@ -79,7 +79,7 @@ def test_every_arm_chooses_its_rate_on_the_first_seed_and_keeps_it(
     tiny: Config, tmp_path: Path
 ) -> None:
     said: list[str] = []
-    case = bench._Case("tiny", tiny, tmp_path, said.append, kept_in(tmp_path))
+    case = bench._Case("tiny", tiny, tmp_path, said.append, BenchRequest("x", tmp_path).kept())
     arms = [bench.Arm("fedavg_lora", "fedavg_lora", {})]
     case.measure(1, arms)
     chosen = dict(case.chosen)
@@ -117,9 +117,8 @@ def test_missing_text_and_unknown_cases_are_clear(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MEADOW_DATA", str(tmp_path))
-    silent: Any = lambda phase: None  # noqa: E731
     with pytest.raises(DataError, match="MEADOW_DATA"):
-        bench.run("strategies", tmp_path, "nano", 1, "", silent)
+        bench.run(BenchRequest("strategies", tmp_path, model="nano", seeds=1))
 
 
 @pytest.mark.parametrize("name", ["zo", "deploy", "serve"])
@@ -133,5 +132,5 @@ def test_a_bench_that_keeps_no_results_reuses_none(
 
 
 def test_a_report_names_every_commit_that_measured_some_of_it(tmp_path: Path) -> None:
-    report, text = bench.publish("x", tmp_path, [], lambda told: told["commit"], ["abc1234"])
+    report, text = BenchRequest("x", tmp_path).publish([], lambda told: told["commit"], ["abc1234"])
     assert text == report["commit"] and text.endswith(" and abc1234")

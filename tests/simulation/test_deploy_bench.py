@@ -14,6 +14,7 @@ from meadow.cli import main
 from meadow.errors import ConfigError, DeploymentError
 from meadow.server.coordinator_home import CoordinatorHome
 from meadow.simulation import deploy_bench, deploy_memory, deploy_overhead, plain_flower
+from meadow.simulation.bench_request import BenchRequest
 from meadow.simulation.deploy_bench import Size, page
 from meadow.simulation.deploy_memory import ENGINE, OWN, Load, Peaks
 from meadow.simulation.plain_flower import PlainRound
@@ -51,7 +52,7 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def measured(out: Path, only: str = "", size: Size = SIZE) -> dict[str, dict[str, Any]]:
-    report, text = deploy_bench.run("deploy", out, "", 3, only, lambda text: None, size)
+    report, text = deploy_bench.run(BenchRequest("deploy", out, only=only), size)
     assert report == json.loads((out / "deploy.json").read_text())
     assert text == (out / "deploy.md").read_text()
     return {row["case"]: row for row in report["rows"]}
@@ -136,7 +137,7 @@ def test_a_mistake_shows_before_anything_starts(
     stubbed: list[str], tmp_path: Path, model: str, only: str, said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
-        deploy_bench.run("deploy", tmp_path, model, 3, only, lambda text: None, SIZE)
+        deploy_bench.run(BenchRequest("deploy", tmp_path, model=model, only=only), SIZE)
     assert stubbed == []
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from meadow.errors import ConfigError
 from meadow.simulation import serve_bench
+from meadow.simulation.bench_request import BenchRequest
 from meadow.simulation.random_llama import Size as Shape
 from meadow.simulation.serve_bench import CASES, Size, run
 from meadow.simulation.serve_swaps import measure_swaps
@@ -19,7 +20,7 @@ SMALL = Size(SHAPE, SHAPE, repeats=1, swaps=6, adapters=12, requests=30)
 
 def test_every_case_is_measured_and_nothing_fails(tmp_path: Path) -> None:
     phases: list[str] = []
-    report, page = run("serve", tmp_path, "", 1, "", phases.append, SMALL)
+    report, page = run(BenchRequest("serve", tmp_path, phases.append), SMALL)
     rows = {row["case"]: row for row in report["rows"]}
     assert tuple(rows) == CASES and phases
     assert all(name in page for name in CASES)
@@ -31,11 +32,11 @@ def test_every_case_is_measured_and_nothing_fails(tmp_path: Path) -> None:
 
 
 def test_one_case_alone_and_mistakes(tmp_path: Path) -> None:
-    report, _ = run("serve", tmp_path, "", 1, "mixed_versions", lambda _: None, SMALL)
+    report, _ = run(BenchRequest("serve", tmp_path, only="mixed_versions"), SMALL)
     assert [row["case"] for row in report["rows"]] == ["mixed_versions"]
     for only, model in (("nothing", ""), ("", "nano")):
         with pytest.raises(ConfigError):
-            run("serve", tmp_path, model, 1, only, lambda _: None, SMALL)
+            run(BenchRequest("serve", tmp_path, model=model, only=only), SMALL)
 
 
 def test_every_move_is_seen_and_versions_can_be_told_apart() -> None:

@@ -19,7 +19,7 @@ from meadow.errors import DataError, UpdateError
 from meadow.peft_adapters.full_rank import FullRank
 from meadow.simulation import zo_arms, zo_learning
 from meadow.simulation.batches import batch_of, mean_loss
-from meadow.simulation.bench import kept_in
+from meadow.simulation.bench_request import BenchRequest
 from meadow.simulation.engine import Lab, open_lab
 from meadow.simulation.kept_results import KeptResults
 from meadow.simulation.zo_arms import EPSILON, Arm, Outcome, Train, ranked, single
@@ -36,7 +36,7 @@ def config(tiny: Config) -> Config:
 
 @pytest.fixture
 def kept(tmp_path: Path) -> KeptResults:
-    return kept_in(tmp_path)
+    return BenchRequest("zo-learning", tmp_path).kept()
 
 
 @pytest.fixture(scope="module")
