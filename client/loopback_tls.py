@@ -23,21 +23,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ..errors import IdentityError
+from ..key_usage import key_usage
 from ..store import Disk, explained
 
 _FIRST_DAY = datetime(1970, 1, 1, tzinfo=UTC)
 _NO_EXPIRY = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)  # RFC 5280, section 4.1.2.5
-_USAGE = x509.KeyUsage(
-    digital_signature=True,
-    key_cert_sign=True,  # it vouches for itself
-    content_commitment=False,
-    key_encipherment=False,
-    data_encipherment=False,
-    key_agreement=False,
-    crl_sign=False,
-    encipher_only=False,
-    decipher_only=False,
-)
+_USAGE = key_usage(handshakes=True, certificates=True)  # it vouches for itself
 
 
 def loopback_tls(pair: Path, authority: Path, disk: Disk) -> ssl.SSLContext:

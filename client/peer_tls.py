@@ -43,6 +43,7 @@ from cryptography.x509.oid import NameOID
 
 from ..errors import IdentityError
 from ..identity import Identity
+from ..key_usage import key_usage
 from ..strategies.peer_keys import peer_of
 
 HOST_NAME = "meadow.peer"
@@ -56,17 +57,7 @@ _ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # o
 _ECDSA_WITH_SHA256 = bytes.fromhex("300a06082a8648ce3d040302")
 _FIRST_DAY = datetime(1970, 1, 1, tzinfo=UTC)
 _NO_EXPIRY = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)  # RFC 5280, section 4.1.2.5
-_SIGNS_HANDSHAKES = x509.KeyUsage(
-    digital_signature=True,
-    key_cert_sign=False,
-    content_commitment=False,
-    key_encipherment=False,
-    data_encipherment=False,
-    key_agreement=False,
-    crl_sign=False,
-    encipher_only=False,
-    decipher_only=False,
-)
+_USAGE = key_usage(handshakes=True, certificates=False)
 _POINT, _STATEMENT_SIZE = 65, 64  # bytes of an uncompressed point, of an Ed25519 signature
 
 
@@ -136,7 +127,7 @@ def _builder(peer: bytes, key: EllipticCurvePublicKey, statement: bytes) -> x509
     host = x509.SubjectAlternativeName([x509.DNSName(HOST_NAME)])
     return (
         builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_SIGNS_HANDSHAKES, critical=True)
+        .add_extension(_USAGE, critical=True)
         .add_extension(host, critical=False)
         .add_extension(x509.UnrecognizedExtension(_EXTENSION, statement), critical=False)
     )

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.x509.oid import NameOID
 
 from ..errors import ConfigError
+from ..key_usage import key_usage
 
 AUTHORITY_LIFE = timedelta(days=3650)
 BACKDATED = timedelta(days=2)
@@ -51,27 +52,15 @@ def unsigned(
 ) -> x509.CertificateBuilder:
     """A certificate but for its signature and what is particular to its use."""
     constraints = x509.BasicConstraints(is_authority, 0 if is_authority else None)
-    serial, usage = x509.random_serial_number(), _key_usage(is_authority)
+    serial = x509.random_serial_number()
+    usage = key_usage(
+        handshakes=not is_authority, certificates=is_authority, revocations=is_authority
+    )
     return (
         x509.CertificateBuilder(issuer, subject, key, serial, begins, ends)
         .add_extension(constraints, critical=True)
         .add_extension(usage, critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-    )
-
-
-def _key_usage(is_authority: bool) -> x509.KeyUsage:
-    """An authority signs certificates, everybody else handshakes."""
-    return x509.KeyUsage(
-        digital_signature=not is_authority,
-        key_cert_sign=is_authority,
-        crl_sign=is_authority,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
     )
 
 
