@@ -58,7 +58,10 @@ class Mezo:
         self._generator = torch.Generator(next(iter(parameters.values())).device)
 
     def step(self, seed: int, loss: Callable[[], float]) -> float:
-        """One step along the direction of `seed`; the projected gradient."""
+        """One step along the direction of `seed`; the projected gradient.
+
+        Raises ValueError for a seed of more than 32 bits.
+        """
         self.perturb(seed, 1)
         plus = loss()
         self.perturb(seed, -2)
@@ -85,6 +88,8 @@ class Mezo:
                 )
 
     def _drawn(self, seed: int) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        if not 0 <= seed < 2**32:  # more bits are lost: torch's generator on a CPU reads no others
+            raise ValueError(f"the seed {seed} has more than 32 bits")
         self._generator.manual_seed(seed)
         for name, parameter in self.parameters.items():
             yield name, parameter, self.draw(self._generator, parameter.data)

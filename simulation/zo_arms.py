@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -103,13 +104,18 @@ def mezo(draw: Draw = gaussian) -> Train:
         weights, base = _weights(lab), _held_out(lab, config)
         with borrowed(weights), torch.no_grad():
             walker = Mezo(weights, lr, EPSILON, draw=draw)
-            for step in range(_steps(config)):
+            for step, seed in enumerate(mezo_seeds(config)):
                 rows = batch_of(lab.participants[0], config.clients.batch, step)
-                seed = (config.rounds.seed << 32) + step
                 walker.step(seed, lambda rows=rows: float(mean_loss(lab, rows)))  # type: ignore[misc]
             return Outcome(base, _held_out(lab, config))
 
     return train
+
+
+def mezo_seeds(config: Config) -> list[int]:
+    """A seed for each step, drawn as MeZO draws them: below 10^9."""
+    drawn = np.random.default_rng(config.rounds.seed).integers(10**9, size=_steps(config))
+    return [int(seed) for seed in drawn]
 
 
 def rank_one() -> Train:

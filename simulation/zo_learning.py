@@ -152,7 +152,7 @@ def fresh_or_pool(name: str, config: Config, steps: int) -> Case:
     """
     config = _stepped(config, steps, 1)
     rank, rows = config.model.rank, config.clients.batch
-    arms = [("MeZO, Gaussian, fresh", mezo()), ("rank-one signs, fresh", rank_one())]
+    arms = [("MeZO, fresh Gaussian", mezo()), ("MeZO, fresh rank-one signs", rank_one())]
     arms += [("full-rank signs, fresh", full_rank())]
     arms += [(f"pool, r = {rank}", zeroth(rank, stands_for=1))]
     arms += [(f"{arms[-1][0]}, a direction a row", zeroth(rank, stands_for=1, directions=rows))]

@@ -63,6 +63,14 @@ def test_a_rebuild_repeats_the_steps() -> None:
     assert not torch.allclose(flat(rebuilt), start)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32, (1 << 32) + 5])
+def test_a_seed_that_the_generator_would_cut_is_refused(seed: int) -> None:
+    parameters, start = quadratic()
+    with pytest.raises(ValueError, match="32 bits"):
+        Mezo(parameters, lr=0.5, epsilon=1e-3).step(seed, lambda: 1.0)
+    assert torch.equal(flat(parameters), start)
+
+
 def test_a_borrowed_model_comes_back_bit_for_bit() -> None:
     parameters, start = quadratic()
     with borrowed(parameters):

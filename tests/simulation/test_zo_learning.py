@@ -3,6 +3,7 @@ found.  Figures themselves are measured, not asserted."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from meadow.simulation.batches import batch_of, mean_loss
 from meadow.simulation.bench_request import BenchRequest
 from meadow.simulation.engine import Lab, open_lab
 from meadow.simulation.kept_results import KeptResults
+from meadow.simulation.mezo import gaussian, signs
 from meadow.simulation.zo_arms import EPSILON, Arm, Outcome, Train, ranked, single
 from meadow.simulation.zo_learning import Case
 from meadow.strategies.base import Loss
@@ -80,9 +82,9 @@ def test_gaussian_mezo_follows_its_formula(bench: Lab, config: Config) -> None:
     kept = {name: weight.data.clone() for name, weight in weights.items()}
     person = lab.participants[0]
     with torch.no_grad():
-        for step in range(4):
+        for step, seed in enumerate(zo_arms.mezo_seeds(config)):
             rows = batch_of(person, config.clients.batch, step)
-            generator = torch.Generator().manual_seed((config.rounds.seed << 32) + step)
+            generator = torch.Generator().manual_seed(seed)
             z = {n: torch.normal(0.0, 1.0, w.shape, generator=generator) for n, w in kept.items()}
             losses = []
             for sign in (1, -1):
@@ -99,6 +101,19 @@ def test_gaussian_mezo_follows_its_formula(bench: Lab, config: Config) -> None:
         finally:
             for name, weight in weights.items():
                 weight.copy_(start[f"{name}.base.weight"])
+
+
+def test_no_two_seeds_of_a_pair_share_a_direction(config: Config) -> None:
+    """Their generators read 32 bits of a seed: what differs in others alone is the same."""
+    long = config.replace(rounds={"count": 10}, clients={"steps": 60})
+    seeds = [zo_arms.mezo_seeds(long.replace(rounds={"seed": seed})) for seed in range(1, 6)]
+    assert all(len(set(drawn)) == 600 for drawn in seeds)
+    shared = [len({*one} & {*other}) for one, other in itertools.combinations(seeds, 2)]
+    assert sum(shared) <= 2, "about 0.004 are expected"
+    like = torch.zeros(50)
+    for draw in (gaussian, signs):
+        drawn = {tuple(draw(torch.Generator().manual_seed(s[0]), like).tolist()) for s in seeds}
+        assert len(drawn) == 5
 
 
 def test_full_rank_steps_are_those_of_dense_matrices(bench: Lab, config: Config) -> None:
