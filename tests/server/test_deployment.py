@@ -1,155 +1,33 @@
-"""A deployed run over people in memory: it waits, pauses, asks again and forgets whom it has to."""
+"""A deployed run over people in memory: it waits, pauses and asks again."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from enrolment import approved, new_flower_key, new_identity
+from deployment_stage import NAMES, OPERATOR, People, Stage, killed, opened
 from gateways import Quick
 from homes import blueprint
 from safetensors.torch import load_file
 
-from meadow.client.member import Member
-from meadow.client.outbox import Outbox
-from meadow.client.task import answer
-from meadow.client.trainer import Trainer
 from meadow.config import Config, write
-from meadow.errors import JournalError, RosterError
+from meadow.errors import JournalError
 from meadow.events import Event
 from meadow.file_lock import is_held
 from meadow.identity import trust
-from meadow.journal import Journal
 from meadow.peft_adapters.blueprint import open_blueprint
 from meadow.peft_adapters.manifest import verify_manifest
-from meadow.server.coordinator import Refusal
-from meadow.server.coordinator_home import CoordinatorHome
-from meadow.server.deployment import DeployedRun, Inbox, nodes_of, read_inbox, serve
+from meadow.server.deployment import serve
 from meadow.server.publishing import Publishing, open_publishing
 from meadow.server.registry import Registry
-from meadow.server.roster import Roster
-from meadow.server.run_beginning import begin, run_identity
 from meadow.simulation.engine import Lab, simulate
-from meadow.strategies.registry import strategy_of
 
-NAMES = ("ada", "bob", "eve")
-OPERATOR = new_identity()
-
-
-@dataclass
-class People:
-    """Participants who train on the tiny base in this process; who is present may change."""
-
-    lab: Lab
-    config: Config
-    folder: Path
-    run: str
-    present: list[str] = field(default_factory=lambda: list(NAMES))
-    silent: set[str] = field(default_factory=set)
-    asked: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
-    sent: dict[str, list[bytes]] = field(default_factory=dict)
-
-    def names(self) -> list[str]:
-        return sorted(self.present)
-
-    def together(self, cohort: Sequence[str]) -> list[list[str]]:
-        return [[name] for name in cohort]
-
-    def ask(
-        self,
-        verb: str,
-        names: Sequence[str],
-        payload: Callable[[str], bytes],
-        deadline_seconds: float,
-        number: int = 0,
-    ) -> Iterator[tuple[str, bytes | Refusal]]:
-        self.asked.append((verb, tuple(names)))
-        for name in names:
-            if name in self.present and name not in self.silent:
-                member = self._member(name)
-                work = member.work if verb == "train" else member.evaluate
-                data = work(payload(name))
-                if verb == "train":
-                    self.sent.setdefault(name, []).append(data)
-                yield name, data
-
-    def _member(self, name: str) -> Member:
-        lab, config = self.lab, self.config
-        person = next(p for p in lab.participants if p.name == name)
-        trainer = Trainer(lab.bench.bank, config.clients, lab.bench.pad)
-        base = blueprint(config.model.base)
-        strategy = strategy_of(config, base.layers, base.digest)
-        outbox = Outbox(self.folder / "outbox", name, self.run, Quick())
-        return Member(name, strategy, outbox, lambda request: answer(request, person, trainer))
-
-
-@dataclass
-class Stage:
-    """A run, its people and what it said."""
-
-    home: CoordinatorHome
-    config: Config
-    people: People
-    journal: Journal
-    roster: Roster
-    events: list[Event] = field(default_factory=list)
-    slept: list[float] = field(default_factory=list)
-    on_sleep: Callable[[int], None] = lambda count: None
-    publishing: Publishing | None = None
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        assert len(self.slept) < 200, "it waits for ever"
-        self.on_sleep(len(self.slept))
-
-    def run(self) -> DeployedRun:
-        inbox = Inbox(self.roster, self.journal, self.events.append)
-        base = blueprint(self.config.model.base)
-        return DeployedRun(
-            self.home, self.config, base, self.journal, self.people, inbox,
-            self.events.append, Quick(), self.sleep, self.publishing,
-        )  # fmt: skip
-
-    def told(self) -> list[str]:
-        return [event.data["text"] for event in self.events if event.kind == "notice"]
-
-    def kinds(self) -> list[tuple[str, int]]:
-        return [(event.kind, event.round) for event in self.events]
-
-    def finish(self) -> dict[str, torch.Tensor]:
-        run = self.run()
-        run.finish(run.rounds())
-        tensors: dict[str, torch.Tensor] = load_file(
-            self.home.run / "adapter" / "adapter_model.safetensors"
-        )
-        return tensors
-
-
-@contextmanager
-def opened(folder: Path, config: Config, lab: Lab) -> Iterator[Stage]:
-    home, base = CoordinatorHome(folder), blueprint(config.model.base)
-    begin(home, config, base, "bb" * 32, OPERATOR, Quick())
-    identity = run_identity(config, base)
-    with (
-        Journal.open(home.run, identity, Quick()) as journal,
-        Roster.open(home.roster, Quick()) as roster,
-    ):
-        people = People(lab, config, folder, journal.run_id)
-        yield Stage(home, config, people, journal, roster)
-
-
-@pytest.fixture
-def stage(tiny: Config, lab: Lab, tmp_path: Path) -> Iterator[Stage]:
-    torch.set_num_threads(1)
-    with opened(tmp_path / "c", tiny, lab) as stage:
-        yield stage
+pytest_plugins = ("deployment_fixtures",)
 
 
 # --- a run that goes well ------------------------------------------------------------------------
@@ -182,7 +60,7 @@ def test_it_publishes_as_it_goes_and_what_a_crash_left_out(stage: Stage, tmp_pat
         return found
 
     with opened() as stage.publishing, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage.publishing, "publish", _killed)
+        patch.setattr(stage.publishing, "publish", killed)
         with pytest.raises(KeyboardInterrupt):
             stage.run().rounds()
     with opened() as stage.publishing:
@@ -306,125 +184,6 @@ def test_nobody_at_all_is_no_end_either(stage: Stage) -> None:
     stage.on_sleep = back
     stage.finish()
     assert stage.slept == [30.0, 30.0, 30.0] and len(stage.told()) == 3
-
-
-# --- the inbox -----------------------------------------------------------------------------------
-
-
-def test_who_withdraws_is_forgotten_and_asked_no_more(stage: Stage) -> None:
-    person = approved(stage.roster, "eve")
-    run = stage.run()
-    observer = stage.events.append
-
-    def leaving(event: Event) -> None:
-        observer(event)
-        if event.kind == "round_closed" and event.round == 1:
-            stage.roster.note("withdraw", person.key, "")
-            stage.people.present = ["ada", "bob"]
-
-    run.observer = leaving
-    coordinator = run.rounds()
-    assert stage.told() == ["eve withdrew; its contributions are deleted (rounds: 1)"]
-    assert stage.journal.contributions(1).keys() == {"ada", "bob"}
-    run.finish(coordinator)
-    gone = stage.people.sent["eve"][0]
-    blobs = [path.read_bytes() for path in (stage.home.run / "blobs").iterdir()]
-    assert gone not in blobs and stage.people.sent["ada"][0] in blobs
-    assert nodes_of(stage.roster) == {}
-
-
-def test_a_withdrawal_during_the_last_round_still_counts(stage: Stage) -> None:
-    person = approved(stage.roster, "eve")
-    run = stage.run()
-    coordinator = run.rounds()
-    stage.roster.note("withdraw", person.key, "")
-    run.finish(coordinator)
-    assert stage.told() == ["eve withdrew; its contributions are deleted (rounds: 1, 2)"]
-
-
-def test_the_inbox_is_read_once_and_a_crash_repeats_nothing_that_shows(stage: Stage) -> None:
-    person = approved(stage.roster, "eve")
-    stage.roster.note("withdraw", person.key, "")
-    inbox = Inbox(stage.roster, stage.journal, stage.events.append)
-    real = stage.journal.note
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage.journal, "note", _killed)
-        with pytest.raises(KeyboardInterrupt):
-            inbox.read()
-    assert stage.journal.note == real
-    for _ in range(2):
-        inbox.read()
-    assert len(stage.told()) == 2  # before the crash and after it; not a third time
-    assert [note.kind for note in stage.roster.notes()].count("revoked") == 1
-
-
-def _killed(*arguments: object) -> None:
-    raise KeyboardInterrupt
-
-
-def test_who_came_back_since_by_a_new_invitation_is_not_shut_out(
-    stage: Stage, tmp_path: Path
-) -> None:
-    person = approved(stage.roster, "eve", 1)
-    stage.roster.note("withdraw", person.key, "")
-    stage.roster.revoke("eve")
-    token = stage.roster.invite("eve", 60.0)
-    stage.roster.enrol(token, new_identity().public.public_bytes_raw(), new_flower_key())
-    stage.roster.approve("eve", 2)
-    Inbox(stage.roster, stage.journal, stage.events.append).read()
-    assert nodes_of(stage.roster) == {"eve": 2}
-
-
-def test_only_the_approved_are_asked(stage: Stage) -> None:
-    for number, name in enumerate(("ada", "bob", "eve"), start=1):
-        approved(stage.roster, name, number)
-    stage.roster.suspend("bob")
-    stage.roster.revoke("eve")
-    stage.roster.invite("max", 60.0)
-    assert nodes_of(stage.roster) == {"ada": 1}
-
-
-def test_a_withdrawal_while_a_round_is_open_leaves_it_out_of_that_round(stage: Stage) -> None:
-    """Its answer has arrived already; what the round makes of the others is as if it had not."""
-    person = approved(stage.roster, "eve")
-    run = stage.run()
-    observer = stage.events.append
-
-    def leaving(event: Event) -> None:
-        observer(event)
-        if (event.kind, event.round, event.data.get("client")) == ("contribution", 1, "eve"):
-            stage.roster.note("withdraw", person.key, "")
-            stage.people.present = ["ada", "bob"]
-
-    run.observer = leaving
-    run.rounds()
-    assert stage.told() == ["eve withdrew; its contributions are deleted (rounds: 1)"]
-    rows = stage.journal.metrics()
-    assert [row["contributions"] for row in rows[1:]] == [2, 2]
-    assert rows[1]["refused"] == {"eve": "withdrawn by the participant"}
-    assert stage.journal.contributions(1).keys() == {"ada", "bob"}
-
-
-def test_after_the_end_the_operator_retracts_for_who_asks(
-    tiny: Config, lab: Lab, tmp_path: Path
-) -> None:
-    """No server app works any more, and the participant may have been shut out before."""
-    with opened(tmp_path / "c", tiny, lab) as stage:
-        approved(stage.roster, "eve")
-        stage.finish()
-        stage.roster.revoke("eve")
-        stage.roster.withdraw("eve")
-        with pytest.raises(RosterError, match="max has not enrolled"):
-            stage.roster.withdraw("max")
-        home, gone = stage.home, stage.people.sent["eve"]
-    told: list[Event] = []
-    read_inbox(home, told.append)
-    read_inbox(home, told.append)
-    assert [event.data["text"] for event in told] == [
-        "eve withdrew; its contributions are deleted (rounds: 1, 2)"
-    ]
-    kept = [path.read_bytes() for path in (home.run / "blobs").iterdir()]
-    assert kept and not set(gone) & set(kept)
 
 
 # --- the process ---------------------------------------------------------------------------------

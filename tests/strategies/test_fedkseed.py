@@ -1,24 +1,36 @@
-"""FedKSeed by hand: whose bytes move which integers by how much, over rounds and absences."""
+"""FedKSeed's coordinator by hand: whose bytes move which integers by how much."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fedkseed_rounds import (
+    RANK,
+    RUN,
+    SEED,
+    SENT,
+    STEPS,
+    TURN,
+    by_direction,
+    own_directions,
+    stepped,
+    strategy,
+    total,
+    worked,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import SITES, adapter
+from toy import adapter
 
-from meadow.client.task import drive
 from meadow.config import ClientsConfig
 from meadow.errors import ConfigError, FormatError, UpdateError
 from meadow.peft_adapters.pool import LARGEST, directions, drawn_directions
-from meadow.strategies.base import Loss, Probe, Probed, Request, State, Turn, Update
+from meadow.strategies.base import State, Update
 from meadow.strategies.fedkseed import FedKSeed, probabilities
 from meadow.strategies.messages import (
     INTEGERS,
@@ -27,51 +39,6 @@ from meadow.strategies.messages import (
     pack_update,
     unpack_state,
 )
-from meadow.strategies.registry import make
-from meadow.strategies.zeroth_order import run_id_of
-
-RANK, SEED, STEPS = 3, 5, 4
-TURN = Turn(2, 6, SEED, STEPS, 6 * STEPS)
-RUN = run_id_of(SEED)
-FRESH = State()
-FIXED: dict[str, Any] = {"scale": -6, "adaptive_scale": False, "gain": 1.0}
-
-
-def strategy(**options: Any) -> FedKSeed:
-    return cast(FedKSeed, make("fedkseed", {**FIXED, **options}, SITES, RANK))
-
-
-def total(strategy: FedKSeed, sent: dict[str, tuple[list[int], float]]) -> Update:
-    """What the coordinator has once these bytes and weights have arrived."""
-    reducer = strategy.reducer(TURN)
-    for name, (bytes_, weight) in sent.items():
-        tensors = {"bytes": torch.tensor(bytes_, dtype=torch.int8)}
-        reducer.fold(Update(tensors, weight, sender=name))
-    return reducer.total()
-
-
-def stepped(strategy: FedKSeed, sent: dict[str, tuple[list[int], float]], **more: Any) -> State:
-    state = strategy.init(SEED)
-    state = State({**state.tensors, **more}, state.data)
-    return strategy.step(state, total(strategy, sent), TURN)
-
-
-def by_direction(pairs: Iterable[tuple[int, float]]) -> np.ndarray[Any, Any]:
-    q = np.zeros(RANK * RANK)
-    for k, value in pairs:
-        q[k] += value
-    return q
-
-
-def own_directions(name: str) -> list[int]:
-    """Each client's, of round 2: its measurements 4 to 7 of the run."""
-    return list(directions(RUN, name.encode(), STEPS, STEPS, RANK * RANK).tolist())
-
-
-SENT: dict[str, tuple[list[int], float]] = {
-    "ada": ([3, -127, 0, 8], 30.0), "bob": ([1, 1, 1, 1], 10.0), "eve": ([-5, 100, 2, 7], 20.0),
-}  # fmt: skip
-
 
 # --- the coordinator's half --------------------------------------------------------------------
 
@@ -277,103 +244,6 @@ def test_importance_needs_directions_of_ones_own() -> None:
     for rule in ("median", "trimmed", "clipped"):
         with pytest.raises(ConfigError, match="which a robust rule cannot compare"):
             strategy(importance=True, combine=rule)
-
-
-# --- the client's half -------------------------------------------------------------------------
-
-
-def worked(
-    made: FedKSeed, sent: Update, memory: State = FRESH, turn: Turn = TURN
-) -> tuple[tuple[Update, State], list[Probe]]:
-    """A client's round; its losses depend on the direction alone."""
-    asked: list[Probe] = []
-
-    def respond(request: Request) -> Probed:
-        assert isinstance(request, Probe)
-        asked.append(request)
-        pairs = [(1 + k / 2**13, 1.0) for k in request.directions]
-        return Probed(torch.tensor(pairs, dtype=torch.float64), 12, 7)
-
-    return drive(made.work(sent, memory, replace(turn, client="ada")), respond), asked
-
-
-def test_a_client_sends_bytes_and_remembers_its_steps() -> None:
-    made = strategy()
-    sent = made.broadcast(made.init(SEED), TURN)
-    (update, memory), asked = worked(made, sent, State(data={"steps": 9}))
-    assert [probe.step for probe in asked] == [9, 10, 11, 12]
-    assert [probe.directions[0] for probe in asked] == own_directions("ada")
-    assert all(probe.epsilon == 2.0**-10 for probe in asked)
-    assert list(update.tensors) == ["bytes"] and update.weight == 12.0
-    exact = np.array(own_directions("ada")) / 2**13 * 2**9 * 2**6  # g in units of 2^-6
-    assert np.abs(update.tensors["bytes"].numpy() - exact).max() < 1
-    assert memory.data == {"steps": 13}
-    assert update.notes.keys() == {"loss", "examples", "tokens", "saturated", "lost"}
-
-
-def test_what_a_client_applied_is_what_the_coordinator_applies() -> None:
-    """One client of gain 1: its own Q after the round is the coordinator's."""
-    made = strategy()
-    state = made.init(SEED)
-    sent = made.broadcast(state, TURN)
-    (update, _), asked = worked(made, sent)
-    state = made.step(state, total(made, {"ada": (update.tensors["bytes"].tolist(), 4.0)}), TURN)
-    last = asked[-1].q.clone()
-    last.view(-1)[asked[-1].directions[0]] -= int(update.tensors["bytes"][-1]) * 1678
-    assert torch.equal(last, state.tensors["q"]) and bool(last.any())
-
-
-@pytest.mark.parametrize("options", [{}, {"importance": True}, {"combine": "median"}])
-def test_a_client_that_was_away_needs_one_message(options: dict[str, Any]) -> None:
-    """Nothing of the rounds between is kept or asked for: bytes are a function of the message."""
-    made = strategy(momentum=0.9, **options)
-    state, size = made.init(SEED), 0
-    for number in range(1, 201):
-        turn = replace(TURN, round=number, rounds=1000)
-        sent = made.broadcast(state, turn)
-        size = size or len(pack_update(sent))
-        state = made.step(state, total(made, SENT), turn)
-    turn = replace(TURN, round=201, rounds=1000)
-    sent = made.broadcast(state, turn)
-    assert len(pack_update(sent)) <= size + 64 and sent.tensors["q"].dtype == torch.int32
-    here, _ = worked(made, sent, State(data={"steps": 3}), turn)
-    fresh, asked = worked(strategy(momentum=0.9, **options), sent, State(data={"steps": 3}), turn)
-    assert torch.equal(here[0].tensors["bytes"], fresh[0].tensors["bytes"])
-    assert torch.equal(asked[0].q, state.tensors["q"])
-
-
-def test_rounds_have_directions_of_their_own() -> None:
-    made = strategy()
-    sent = made.broadcast(made.init(SEED), TURN)
-    found = [
-        made.along(sent, replace(TURN, round=number, client="ada"), 0, STEPS).tolist()
-        for number in (1, 2, 3)
-    ]
-    whole = directions(RUN, b"ada", 0, 3 * STEPS, 9).tolist()
-    assert [k for part in found for k in part] == whole
-
-
-def test_several_directions_a_step() -> None:
-    """Twice the bytes; the step is their mean: half the multiplier."""
-    made = strategy(directions=2)
-    sent = made.broadcast(made.init(SEED), TURN)
-    assert sent.notes["multiplier"] == round(0.5e-4 * 2**24)
-    (update, _), asked = worked(made, sent)
-    assert update.tensors["bytes"].shape == (2 * STEPS,)
-    assert made.template(sent, TURN) == {"bytes": (2 * STEPS,)}
-    k = directions(RUN, b"ada", 2 * STEPS, 2 * STEPS, 9).tolist()
-    assert [at for probe in asked for at in probe.directions] == k
-
-
-def test_the_export_is_the_pools_adapter() -> None:
-    made = replace(strategy(), scaling=4.0)
-    state = State({"q": torch.arange(9).view(1, 3, 3)}, made.init(SEED).data)
-    tree = made.pool(SEED).adapter(state.tensors["q"], 4.0)
-    found = made.export(state)
-    assert all(torch.equal(found[name], tensor) for name, tensor in tree.items())
-    own = made.own(made.broadcast(state, TURN), State(), TURN)
-    assert isinstance(own, Loss) and own.side is None
-    assert all(torch.equal(own.adapter[name], tensor) for name, tensor in tree.items())
 
 
 # --- bad input ---------------------------------------------------------------------------------
