@@ -57,6 +57,13 @@ def _is_paired(case: str) -> bool:
     return case.startswith(("fresh_or_pool, nano", "federated_or_alone", "mixed_order"))
 
 
+def test_a_pool_learns_what_fresh_gaussian_directions_do() -> None:
+    rows = json.loads((PAGES / "zo-learning.json").read_text())["rows"]
+    shares = {row["case"]: row["value"] for row in rows if row["bar"] is not None}
+    assert shares["fresh_or_pool, nano/pool, r = 64, a direction a row"] >= 0.95
+    assert shares["federated_or_alone, nano/8 clients"] >= 0.90
+
+
 @pytest.mark.parametrize("text", ["nano", "dolly_small"])
 def test_some_pool_of_cores_learns_nearly_what_factors_do(text: str) -> None:
     rows = json.loads((PAGES / "zo-learning.json").read_text())["rows"]
