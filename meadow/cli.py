@@ -122,7 +122,7 @@ def _add_tools(commands: Any) -> None:
         "--seeds",
         type=_positive,
         default=0,
-        help="how many seeds (default: 3; zo-learning: 5, or 3)",
+        help="how many seeds (default: 3; zo-learning: 10, 5 or 3)",
     )
     bench.add_argument("--only", default="", help="comma-separated cases to run")
     bench.add_argument(

@@ -22,7 +22,7 @@ def run(request: BenchRequest) -> Report:
         return request.publish(zo_speed.run(request.phase, wanted), speed_page)
     wanted = request.wanted(list(zo_learning.CASES))
     kept = request.kept()
-    rows = zo_learning.run(request.phase, kept, wanted, request.seeds or zo_learning.SEEDS)
+    rows = zo_learning.run(request.phase, kept, wanted, request.seeds)
     return request.publish(rows, learning_page, kept.others)
 
 

@@ -30,6 +30,7 @@ from .zo_arms import Arm, Outcome, domain, federated, full_rank, mezo, rank_one,
 ZEROTH_RATES = (3e-5, 6e-5, 8.5e-5, 1.2e-4, 1.7e-4, 2.4e-4, 5e-4, 1e-3)  # closer where arms end
 FIRST_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SEEDS = 5
+MORE_SEEDS = 10  # where one draw of directions and another are far apart
 FEWER_SEEDS = 3  # of cases that promise nothing to be paired over five
 STEPS = 600  # of one client that holds all text
 ROUNDS = 10
@@ -45,13 +46,13 @@ class Case:
     config: Config
     arms: tuple[Arm, ...]
     bars: dict[str, float]  # by arm: the least share that the project promises
-    seeds: int = SEEDS  # the most
+    seeds: int = SEEDS  # that it is measured with where nobody asks for another number
 
     def measure(self, seeds: Sequence[int], phase: Phase, kept: KeptResults) -> list[Row]:
         """A row for each arm.  Raises UpdateError where one diverged at every rate."""
         found: dict[str, list[Outcome]] = {arm.name: [] for arm in self.arms}
         chosen: dict[str, float] = {}
-        for seed in seeds[: self.seeds]:
+        for seed in seeds:
             config = self.config.replace(rounds={"seed": seed})
             lab = open_lab(config)
             for arm in self.arms:
@@ -128,11 +129,13 @@ def run(
     phase: Phase,
     kept: KeptResults,
     only: Sequence[str] = (),
-    seeds: int = SEEDS,
+    seeds: int = 0,
     steps: int = STEPS,
     quick: bool = False,
 ) -> list[Row]:
     """The rows of all cases, or of those named; quick is one rate and two rounds of two steps.
+
+    With 0 `seeds` each case has its own number of them.
 
     Raises DataError where the text or the models that a case needs are missing.
     """
@@ -141,7 +144,7 @@ def run(
         if not only or name in only:
             for case in make(steps):
                 shown = _shortened(case) if quick else case
-                found += shown.measure(range(1, seeds + 1), phase, kept)
+                found += shown.measure(range(1, 1 + (seeds or case.seeds)), phase, kept)
     return found
 
 
@@ -158,7 +161,7 @@ def fresh_or_pool(name: str, config: Config, steps: int) -> Case:
     arms += [(f"{arms[-1][0]}, a direction a row", zeroth(rank, stands_for=1, directions=rows))]
     promised = name == "nano"
     bars = dict.fromkeys((arm for arm, _ in arms[-2:]), 0.95) if promised else {}
-    seeds = SEEDS if promised else FEWER_SEEDS
+    seeds = MORE_SEEDS if promised else FEWER_SEEDS
     return Case(f"fresh_or_pool, {name}", config, _arms(arms, ZEROTH_RATES), bars, seeds)
 
 

@@ -50,11 +50,13 @@ def test_the_learning_page_is_what_its_report_says() -> None:
     assert {row["case"].split(",")[0] for row in report["rows"]} == set(zo_learning.CASES)
     for row in report["rows"]:
         assert {"case", "value", "unit", "baseline", "ratio", "spread", "lr"} <= set(row)
-        assert row["seeds"] == (5 if _is_paired(row["case"]) else 3)
+        assert row["seeds"] == _seeds(row["case"])
 
 
-def _is_paired(case: str) -> bool:
-    return case.startswith(("fresh_or_pool, nano", "federated_or_alone", "mixed_order"))
+def _seeds(case: str) -> int:
+    if case.startswith("fresh_or_pool, nano"):
+        return 10
+    return 5 if case.startswith(("federated_or_alone", "mixed_order")) else 3
 
 
 def test_a_pool_learns_what_fresh_gaussian_directions_do() -> None:
