@@ -215,19 +215,9 @@ class Steps(ModelRunner):
     def _ready(self, step: PackedStep, tokens: Tensor, keep: list[int]) -> Act:
         """All that the model is given is on the device: nothing of a step but its own work."""
         device = self.base.device
-        inputs: dict[str, Any] = {
-            "input_ids": tokens.unsqueeze(0).to(device),
-            "position_ids": torch.tensor([step.positions], device=device),
-            "logits_to_keep": torch.tensor(keep, device=device),
-            "use_cache": False,
-            "packed": step,
-        }
-
-        def act() -> Tensor:
-            logits: Tensor = self.base.model(**inputs).logits[0]
-            return logits
-
-        return act
+        ids, positions = tokens.to(device), torch.tensor(step.positions, device=device)
+        kept = torch.tensor(keep, device=device)
+        return lambda: self._logits(ids, positions, step, kept)
 
     def _timed(self, act: Act) -> tuple[float, float | None]:
         """Milliseconds of a step, and of its replay on a GPU."""
