@@ -143,7 +143,7 @@ def any_length_at_once() -> Iterator[None]:
     for some tenths of a second, for each length that it has not seen, and texts grow by a token a
     step.  Plans are kept without bound, and for each thread.
     """
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield

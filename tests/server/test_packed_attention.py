@@ -10,11 +10,16 @@ import pytest
 import torch
 from served_models import small_base, small_runner, windowed_base
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from meadow.server.serving import packed_attention
 from meadow.server.serving.kv_rows import Owner
 from meadow.server.serving.model_runner import ModelRunner, Work
 from meadow.server.serving.packed_attention import any_length_at_once
+
+
+def by_shape() -> bool:
+    return bool(torch.backends.cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -31,12 +36,10 @@ class Call:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
     found: list[Call] = []
-    real = packed_attention.scaled_dot_product_attention
 
     def seen(query: Tensor, key: Tensor, value: Tensor, mask: Any = None, **others: Any) -> Tensor:
-        shares = bool(others.get("enable_gqa"))
-        found.append(Call(query, key, mask, torch.backends.cuda.cudnn_sdp_enabled(), shares))
-        return real(query, key, value, mask, **others)
+        found.append(Call(query, key, mask, by_shape(), bool(others.get("enable_gqa"))))
+        return scaled_dot_product_attention(query, key, value, mask, **others)
 
     monkeypatch.setattr(packed_attention, "scaled_dot_product_attention", seen)
     yield found
@@ -53,15 +56,15 @@ def steps_of(runner: ModelRunner) -> None:
 @pytest.mark.parametrize("before", [True, False])
 def test_no_kernel_is_asked_that_plans_for_each_length(calls: list[Call], before: bool) -> None:
     """And who else uses attention in this process finds its own choice again."""
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    enabled = by_shape()
     torch.backends.cuda.enable_cudnn_sdp(before)
     try:
         with small_runner() as runner:
             steps_of(runner)
-        assert torch.backends.cuda.cudnn_sdp_enabled() is before
+        assert by_shape() is before
         with pytest.raises(ValueError, match="broken"), any_length_at_once():
             raise ValueError("broken")
-        assert torch.backends.cuda.cudnn_sdp_enabled() is before
+        assert by_shape() is before
     finally:
         torch.backends.cuda.enable_cudnn_sdp(enabled)
     assert len(calls) > 8 and not any(call.by_shape for call in calls)
