@@ -48,8 +48,10 @@ class CudaRecorder:
 
     def _recorded(self, step: Step) -> Step:
         graph = torch.cuda.CUDAGraph()
+        if not self._graphs:  # which hold the pool: without any its handle is void
+            self._pool = torch.cuda.graph_pool_handle()
         # what other threads do on the device meanwhile is no part of it, and no fault
-        with torch.cuda.graph(graph, self._room(), self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             result = step()
         self._graphs.add(graph)
 
@@ -58,12 +60,6 @@ class CudaRecorder:
             return result
 
         return replay
-
-    def _room(self) -> tuple[int, int]:
-        """The pool: another one where no graph holds it any more, as then its handle is void."""
-        if not self._graphs:
-            self._pool = torch.cuda.graph_pool_handle()
-        return self._pool
 
 
 def check_recording(device: torch.device, dtype: torch.dtype) -> None:

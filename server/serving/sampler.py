@@ -59,8 +59,10 @@ def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[int | None]:
     highest, tokens = logits.max(-1, keepdim=True)  # NaN where anything is
     tokens = tokens[:, 0]
     for rules, rows in _by_rules(choosers).items():
-        own, top = (logits, highest) if len(rows) == len(logits) else (logits[rows], highest[rows])
-        tokens[rows] = _drawn(own - top, rules, [choosers[row].chance() for row in rows])
+        chances = torch.tensor([choosers[row].chance() for row in rows], dtype=torch.float64)
+        at = torch.tensor(rows).to(logits.device, non_blocking=True)
+        own = logits[at] - highest[at]
+        tokens[at] = _drawn(own, rules, chances.to(logits.device, non_blocking=True))
     found: list[int] = tokens.where(highest[:, 0].isfinite(), -1).tolist()
     return [token if token >= 0 else None for token in found]
 
@@ -74,15 +76,15 @@ def _by_rules(choosers: Sequence[Chooser]) -> dict[Rules, list[int]]:
     return rows
 
 
-def _drawn(logits: Tensor, rules: Rules, chances: Sequence[float]) -> Tensor:
-    """A token for each row of logits (n, vocabulary), by inverting its distribution's sums.
+def _drawn(logits: Tensor, rules: Rules, chances: Tensor) -> Tensor:
+    """A token for each row of logits (n, vocabulary), by inverting its distribution's sums at its
+    chance (n), float64.
 
     The highest logit is 0, so that whatever the temperature some probability is left.
     """
-    left = _filters(rules)(torch.empty(0), logits)  # type: ignore[arg-type]
+    left = _filters(rules)(torch.empty(0), logits)
     sums = left.softmax(-1).cumsum(-1, dtype=torch.float64)
-    marks = torch.tensor(chances, dtype=torch.float64).to(sums.device).unsqueeze(1) * sums[:, -1:]
-    return torch.searchsorted(sums, marks, right=True)[:, 0]
+    return torch.searchsorted(sums, chances.unsqueeze(1) * sums[:, -1:], right=True)[:, 0]
 
 
 def log_probabilities(
