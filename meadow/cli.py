@@ -112,7 +112,8 @@ def _add_tools(commands: Any) -> None:
 
     bench = _command(commands, "bench", _bench, "measure, and write a table")
     bench.add_argument(
-        "name", choices=["strategies", "refine", "zo", "zo-learning", "deploy", "serve"]
+        "name",
+        choices=["strategies", "refine", "zo", "zo-learning", "deploy", "serve", "serve-gpu"],
     )
     bench.add_argument("--out", type=Path, default=Path("bench"), help="folder for the tables")
     bench.add_argument(
@@ -279,9 +280,10 @@ def _pool(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from .simulation import bench, deploy_bench, serve_bench, zo_bench
+    from .simulation import bench, deploy_bench, serve_bench, serve_gpu_bench, zo_bench
 
     own: dict[str, _Measure] = {"deploy": deploy_bench.run, "serve": serve_bench.run}
+    own |= {"serve-gpu": serve_gpu_bench.run}
     own |= dict.fromkeys(zo_bench.NAMES, zo_bench.run)
     measure = own.get(options.name) or bench.run
     seeds = options.seeds or (5 if options.name == "zo-learning" else 3)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
 from typing import Any
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import MeadowError
+from ..peft_adapters.base_model import device_of
 from ..peft_adapters.philox import signs
 from ..strategies.base import Probe
 from .mezo import Mezo, borrowed
@@ -32,6 +34,7 @@ _REPEATS = 20
 
 def run(device: str, shape: Shape = FULL, rank: int = RANK) -> dict[str, Any]:
     """The report; `passed` says whether all that has to agree does."""
+    device_of(device)  # says in one line that there is none
     with _full_precision():
         here, there = Setup(shape, rank), Setup(shape, rank, device)
         gap = float((_losses(here) - _losses(there)).abs().max())
@@ -122,7 +125,16 @@ def _full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-if __name__ == "__main__":
-    report = run(sys.argv[1] if len(sys.argv) > 1 else "cuda")
+def main(arguments: Sequence[str]) -> int:
+    """0 where all agrees, 1 where it does not, and 2 where it could not be found out."""
+    try:
+        report = run(arguments[0] if arguments else "cuda")
+    except MeadowError as error:
+        sys.stderr.write(f"gpu_check: {error}\n")
+        return 2
     sys.stdout.write(json.dumps(report, indent=1) + "\n")
-    sys.exit(0 if report["passed"] else 1)
+    return 0 if report["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:2]))
