@@ -7,10 +7,9 @@ integer state exports, agree to the last bit.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
 from typing import Any
@@ -18,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import MeadowError
 from ..peft_adapters.base_model import device_of
 from ..peft_adapters.philox import signs
 from ..strategies.base import Probe
+from .device_report import told
 from .mezo import Mezo, borrowed
 from .provenance import provenance
 from .zo_setup import FULL, HEADER, RANK, Setup, Shape
@@ -125,16 +124,7 @@ def _full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """0 where all agrees, 1 where it does not, and 2 where it could not be found out."""
-    try:
-        report = run(arguments[0] if arguments else "cuda")
-    except MeadowError as error:
-        sys.stderr.write(f"gpu_check: {error}\n")
-        return 2
-    sys.stdout.write(json.dumps(report, indent=1) + "\n")
-    return 0 if report["passed"] else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:2]))
+    status, text = told(run, sys.argv[1:])
+    (sys.stdout if status < 2 else sys.stderr).write(text + "\n")
+    sys.exit(status)

@@ -14,7 +14,6 @@ step: the base's bytes over those and the adapters', each read once.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,14 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, MeadowError
-from ..peft_adapters.base_model import Base, device_of
+from ..errors import ConfigError
+from ..peft_adapters.base_model import Base
 from ..peft_adapters.serving_slots import Packed, Place, Segment, has_kernels
 from ..server.serving.cuda_recorder import CudaRecorder
 from ..server.serving.decode_graphs import Recorder
 from ..server.serving.kv_rows import Row
 from ..server.serving.model_runner import ModelRunner, Work
 from ..server.serving.packed_attention import PackedStep, Prompt
+from .device_report import told
 from .provenance import provenance
 from .random_llama import B8, TINY, Size, random_base
 from .slot_check import SLOTS, TOLERANCE, Case, exact, gap, served
@@ -76,13 +76,17 @@ REHEARSAL = Load(TINY, torch.float32, 8, (1, 3), rows=4, past=5, prompt=12, repe
 
 
 def check_machine(device: str, load: Load) -> None:
-    """Raise ModelError or ConfigError, before anything takes long, where there is no such device,
+    """Raise ConfigError, before anything takes long, where there is no such device,
     nothing to be measured on it, or too little memory."""
     if device not in (CPU, CUDA):
         raise ConfigError(f"{device!r} is no device to measure", f"take {CUDA} or {CPU}")
     if device == CPU:
         return
-    if not has_kernels(device_of(device), load.dtype):
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "no usable GPU found", "`python -m meadow.simulation.serve_gpu cpu` only rehearses"
+        )
+    if not has_kernels(torch.device(device), load.dtype):
         raise ConfigError("Triton is not installed: there are no kernels to measure")
     free, wanted = torch.cuda.mem_get_info()[0], _ROOM * load.bytes
     if free < wanted:
@@ -319,16 +323,7 @@ def _on_gpu(device: torch.device | str) -> bool:
     return torch.device(device).type == "cuda"
 
 
-def main(arguments: Sequence[str]) -> int:
-    """0 where all agrees, 1 where it does not, and 2 where it could not be found out."""
-    try:
-        report = run(arguments[0] if arguments else CUDA)
-    except MeadowError as error:
-        sys.stderr.write(f"serve_gpu: {error}\n")
-        return 2
-    sys.stdout.write(json.dumps(report, indent=1) + "\n")
-    return 0 if report["passed"] else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:2]))
+    status, text = told(run, sys.argv[1:])
+    (sys.stdout if status < 2 else sys.stderr).write(text + "\n")
+    sys.exit(status)

@@ -33,8 +33,8 @@ def run(
 ) -> tuple[dict[str, Any], str]:
     """The report and the page, also in `out`.
 
-    Raises ConfigError for a model or a choice of cases, ModelError and ConfigError where there is
-    no such GPU, and ModelError where not all sums agree: then no figure counts.
+    Raises ConfigError for a model or a choice of cases and where there is no GPU for it, and
+    ModelError where not all sums agree: then no figure counts.
     """
     if model or only:
         raise ConfigError(f"bench {name} has one model and all cases", "leave both options out")

@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 
 from meadow.peft_adapters.base_model import Base
 from meadow.peft_adapters.serving_slots import Place, ServingSlots
-from meadow.server.serving.decode_graphs import DecodeGraphs, Step
+from meadow.server.serving.decode_graphs import DecodeGraphs, Recorder, Step
 from meadow.server.serving.fixed_step import FixedStep
 from meadow.server.serving.kv_rows import KVRows, Owner, Shape
 from meadow.server.serving.packed_attention import IMPLEMENTATION, attend
@@ -46,7 +46,7 @@ class DeviceAlone(TorchDispatchMode):
         return found
 
 
-def graphs_of(base: Base, record: Callable[[Step], Step]) -> DecodeGraphs:
+def graphs_of(base: Base, record: Recorder) -> DecodeGraphs:
     """As `ModelRunner` makes them, of a model without numbers."""
     model: Any = base.model.to(NOWHERE)
     model.config._attn_implementation = IMPLEMENTATION
@@ -89,10 +89,11 @@ def test_a_recorded_step_is_the_devices_alone(base: Callable[[], Base]) -> None:
 
 def test_what_comes_from_the_host_is_noticed() -> None:
     there = torch.zeros(2, device=NOWHERE)
-    for act in (
+    acts: list[Callable[[], Tensor]] = [
         lambda: there + torch.tensor([1.0, 2.0]).to(NOWHERE),
         lambda: there[torch.tensor([0])],
-        lambda: torch.tensor([1.0]).to(NOWHERE, torch.float64),
-    ):
+        lambda: torch.zeros(1).to(NOWHERE, torch.float64),
+    ]
+    for act in acts:
         with pytest.raises(RuntimeError, match="of the host"), DeviceAlone():
             act()

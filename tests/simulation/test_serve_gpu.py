@@ -15,8 +15,9 @@ from meadow.errors import ConfigError, ModelError
 from meadow.peft_adapters.base_model import ALL_LINEAR, sites
 from meadow.peft_adapters.serving_slots import Place
 from meadow.simulation import gpu_check, serve_gpu, serve_gpu_bench
+from meadow.simulation.device_report import told
 from meadow.simulation.random_llama import Size, random_base
-from meadow.simulation.serve_gpu import REHEARSAL, Load, Steps, check, check_machine, main, run
+from meadow.simulation.serve_gpu import REHEARSAL, Load, Steps, check, check_machine, run
 from meadow.simulation.slot_check import TOLERANCE, Case, served
 
 TINY = Load(
@@ -112,10 +113,10 @@ def test_the_table_has_each_step_beside_its_limit(tmp_path: Path) -> None:
 def test_without_a_gpu_one_line_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert meadow(["bench", "serve-gpu", "--out", str(tmp_path)]) == 2
     assert "no usable GPU found" in capsys.readouterr().err.splitlines()[-1]
-    for command in (main, gpu_check.main):
-        assert command([]) == 2
-        assert "no usable GPU found" in capsys.readouterr().err
-    assert main(["tpu"]) == 2 and "'tpu' is no device to measure" in capsys.readouterr().err
+    for measure in (run, gpu_check.run):
+        status, text = told(measure, [])
+        assert status == 2 and "no usable GPU found" in text and "\n" not in text
+    assert "'tpu' is no device to measure" in told(run, ["tpu"])[1]
 
 
 def test_a_gpu_without_kernels_or_room_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +144,9 @@ def test_the_room_that_is_asked_for_is_what_is_held() -> None:
     assert load.bytes == 4 * (own + past + 2 * 3 * adapter)
 
 
-def test_a_rehearsal_runs_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["cpu"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["load"] == str(REHEARSAL) and report["passed"]
+def test_a_rehearsal_runs_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    status, text = told(run, ["cpu"])
+    report = json.loads(text)
+    assert status == 0 and report["load"] == str(REHEARSAL) and report["passed"]
+    monkeypatch.setitem(TOLERANCE, torch.float32, 0.0)
+    assert told(run, ["cpu"])[0] == 1
