@@ -12,6 +12,7 @@ from transformers import AttentionInterface
 
 from ...closeable import Closeable
 from ...errors import ModelError
+from ...peft_adapters.attention_kernels import any_length_at_once
 from ...peft_adapters.base_model import ALL_LINEAR, Base, sites
 from ...peft_adapters.serving_slots import Packed, Place, Segment, ServingSlots
 from .decode_graphs import DecodeGraphs, Recorder
@@ -23,7 +24,6 @@ from .packed_attention import (
     PackedStep,
     Prompt,
     Step,
-    any_length_at_once,
     attend,
 )
 from .work import Work

@@ -8,8 +8,7 @@ into their rows (`KVRows`), and lets each token see its own row's past.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -133,22 +132,6 @@ def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     *rows, longest = hidden.shape
     bias = torch.zeros(*rows, -(-longest // 8) * 8, dtype=dtype, device=hidden.device)
     return bias[..., :longest].masked_fill_(hidden, -torch.inf)
-
-
-@contextmanager
-def any_length_at_once() -> Iterator[None]:
-    """Attention by kernels that take any shape as it comes.
-
-    On Hopper and Blackwell torch 2.11 and later take cuDNN's first, for masks too: it plans anew,
-    for some tenths of a second, for each length that it has not seen, and texts grow by a token a
-    step.  Plans are kept without bound, and for each thread.
-    """
-    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def attend(

@@ -12,10 +12,10 @@ from served_models import small_base, small_runner, windowed_base
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from meadow.peft_adapters.attention_kernels import any_length_at_once
 from meadow.server.serving import packed_attention
 from meadow.server.serving.kv_rows import Owner
 from meadow.server.serving.model_runner import ModelRunner, Work
-from meadow.server.serving.packed_attention import any_length_at_once
 
 
 def by_shape() -> bool:
