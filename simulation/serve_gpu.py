@@ -87,7 +87,10 @@ def check_machine(device: str, load: Load) -> None:
             "no usable GPU found", "`python -m meadow.simulation.serve_gpu cpu` only rehearses"
         )
     if not has_kernels(torch.device(device), load.dtype):
-        raise ConfigError("Triton is not installed: there are no kernels to measure")
+        raise ConfigError(
+            "Triton's kernels cannot be used here: there is nothing to measure",
+            "install triton, a C compiler and Python's headers",
+        )
     free, wanted = torch.cuda.mem_get_info()[0], _ROOM * load.bytes
     if free < wanted:
         raise ConfigError(
