@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..config import ClientsConfig
 from ..errors import ModelError, UpdateError
+from ..peft_adapters.attention_kernels import any_length_at_once
 from ..peft_adapters.bank import Bank, CoreSlots, Group, Nudge, core_tree
 from ..peft_adapters.layout import Tree, rank_of
 from ..peft_adapters.pool import Pool
@@ -258,7 +259,8 @@ class Trainer:
     def _token_losses(self, rows: Sequence[Example]) -> Tensor:
         """Loss at every position (rows, length - 1), zero outside the response."""
         ids, _, labels = (tensor.to(self.device) for tensor in collate(rows, self.pad))
-        logits = self.bank.model(input_ids=ids, use_cache=False).logits
+        with any_length_at_once():  # the backward pass takes the same kernels
+            logits = self.bank.model(input_ids=ids, use_cache=False).logits
         # The labels move, not the logits, which are the largest tensor there is: no copy of them.
         following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         losses = torch.nn.functional.cross_entropy(

@@ -112,7 +112,8 @@ def _add_tools(commands: Any) -> None:
 
     bench = _command(commands, "bench", _bench, "measure, and write a table")
     bench.add_argument(
-        "name", choices=["strategies", "refine", "zo", "zo-learning", "deploy", "serve"]
+        "name",
+        choices=["strategies", "refine", "zo", "zo-learning", "deploy", "serve", "serve-gpu"],
     )
     bench.add_argument("--out", type=Path, default=Path("bench"), help="folder for the tables")
     bench.add_argument(
@@ -278,11 +279,11 @@ def _pool(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    from .simulation import bench, deploy_bench, serve_bench, zo_bench
+    from .simulation import bench, deploy_bench, serve_bench, serve_gpu_bench, zo_bench
     from .simulation.bench_request import BenchRequest, Report
 
     own: dict[str, Callable[[BenchRequest], Report]]
-    own = {"deploy": deploy_bench.run, "serve": serve_bench.run}
+    own = {"deploy": deploy_bench.run, "serve": serve_bench.run, "serve-gpu": serve_gpu_bench.run}
     own |= dict.fromkeys(zo_bench.NAMES, zo_bench.run)
     measure = own.get(options.name, bench.run)
     with Display(console) as display:

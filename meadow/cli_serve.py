@@ -52,6 +52,7 @@ def _add_bounds(serve: argparse.ArgumentParser, count: Number, positive: Number)
         ("--kv-tokens", count, 0, "tokens whose keys and values are held (0: rows x length)"),
         ("--prefill-tokens", positive, 512, "tokens of prompts in one step"),
         ("--slots", positive, 16, "adapters of each rank that are ready for a batch"),
+        ("--max-rank", positive, 512, "rank of an adapter; versions of a larger one are refused"),
         ("--cache-mb", positive, 1024, "adapters in memory beside the slots"),
         ("--largest-body", positive, 4 * 2**20, "bytes of a request; larger ones get 413"),
     ):
@@ -136,6 +137,7 @@ def _settings(options: argparse.Namespace) -> Any:
         open_to_all=options.open,
         drain_seconds=options.drain,
         largest_body=options.largest_body,
+        largest_rank=options.max_rank,
         engine=engine,
     )
 

@@ -237,12 +237,12 @@ def _model(folder: Path, dtype: torch.dtype, quantization: Any, device: torch.de
             output_loading_info=True,
             device_map={"": device} if quantization else None,
         )
+        placed: nn.Module = model if quantization else model.to(device)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: cannot be loaded: {_first_line(error)}") from None
     if report["missing_keys"]:  # which transformers would fill with random numbers
         missing = sorted(report["missing_keys"])
         raise ModelError(f"{folder}: weights lack {missing[0]} and {len(missing) - 1} more")
-    placed: nn.Module = model if quantization else model.to(device)
     return placed
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import groupby
 from typing import NamedTuple, Protocol
 
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, ModelError
+from .kernel_trial import holds
 from .layout import Site, Tree, modules_of
 from .slot_group import Factors, Packed, Run, SlotGroup
 from .slot_tokens import SHORT, Kernel, Listed, SlotTokens, Tokens, listed
@@ -281,8 +283,21 @@ class ServingSlots:
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton's kernels can compute there."""
-    return _TRITON and device.type == "cuda" and dtype in _KERNELS
+    """Whether Triton's kernels can compute there; the first time this is tried out."""
+    return _TRITON and device.type == "cuda" and dtype in _KERNELS and _work(dtype)
+
+
+@cache
+def _work(dtype: torch.dtype) -> bool:
+    return holds(lambda: kernel_is_right(torch.device("cuda"), dtype), "adapters")
+
+
+def kernel_is_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """One token by one adapter of ones."""
+    x, y = (torch.ones(1, 16, device=device, dtype=dtype) for _ in range(2))
+    a, b = (torch.ones(1, SMALLEST_RANK, 16, device=device, dtype=dtype) for _ in range(2))
+    _kernel()(x, y, a, b, listed({0: [0]}).on(device))
+    return bool((y == 1 + SMALLEST_RANK * 16).all())
 
 
 def _kernel() -> Kernel:

@@ -7,7 +7,6 @@ integer state exports, agree to the last bit.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..peft_adapters.base_model import device_of
 from ..peft_adapters.philox import signs
 from ..strategies.base import Probe
+from .device_report import told
 from .mezo import Mezo, borrowed
 from .provenance import provenance
 from .zo_setup import FULL, HEADER, RANK, Setup, Shape
@@ -32,6 +33,7 @@ _REPEATS = 20
 
 def run(device: str, shape: Shape = FULL, rank: int = RANK) -> dict[str, Any]:
     """The report; `passed` says whether all that has to agree does."""
+    device_of(device)  # says in one line that there is none
     with _full_precision():
         here, there = Setup(shape, rank), Setup(shape, rank, device)
         gap = float((_losses(here) - _losses(there)).abs().max())
@@ -123,6 +125,6 @@ def _full_precision() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    report = run(sys.argv[1] if len(sys.argv) > 1 else "cuda")
-    sys.stdout.write(json.dumps(report, indent=1) + "\n")
-    sys.exit(0 if report["passed"] else 1)
+    status, text = told(run, sys.argv[1:])
+    (sys.stdout if status < 2 else sys.stderr).write(text + "\n")
+    sys.exit(status)

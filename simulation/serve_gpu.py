@@ -1,8 +1,9 @@
 """What many adapters cost a server on a GPU: correct sums first, then a step's time.
 
-`python -m meadow.simulation.serve_gpu [DEVICE]` checks Triton's kernels against float64 and against
-the batched products that they stand in for, on random batches, and then times steps of a llama of
-random numbers, 8B in shape, with adapters and without.  It writes a report as JSON.
+`meadow bench serve-gpu` and `python -m meadow.simulation.serve_gpu [DEVICE]` check Triton's kernels
+against float64 and against the batched products that they stand in for, on random batches, and then
+time steps of a llama of random numbers, 8B in shape, with adapters and without.  The one writes a
+table, the other a report as JSON.  DEVICE `cpu` is a rehearsal: a tiny llama, and no kernels.
 
 A step is timed as the server computes it, and as replayed from a CUDA graph, which leaves out what
 the host takes to launch it.  For decoding, `server_ms` is what a server with `--cuda-graphs` takes:
@@ -13,7 +14,6 @@ step: the base's bytes over those and the adapters', each read once.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..peft_adapters.base_model import Base
 from ..peft_adapters.serving_slots import Packed, Place, Segment, has_kernels
 from ..server.serving.cuda_recorder import CudaRecorder
@@ -32,13 +33,16 @@ from ..server.serving.decode_graphs import Recorder
 from ..server.serving.kv_rows import Row
 from ..server.serving.model_runner import ModelRunner, Work
 from ..server.serving.packed_attention import PackedStep, Prompt
+from .device_report import told
 from .provenance import provenance
-from .random_llama import B8, Size, random_base
+from .random_llama import B8, TINY, Size, random_base
 from .slot_check import SLOTS, TOLERANCE, Case, exact, gap, served
 
 DECODE, PREFILL = "decode", "prefill"
 _LOGITS = 5e-2  # of a whole model's logits in bfloat16, relative to their norm
 _COPY = 2**30  # bytes
+_ROOM = 1.25  # of what is held, for what steps take and graphs keep
+CPU, CUDA = "cpu", "cuda"
 
 Act = Callable[[], Tensor]
 
@@ -56,19 +60,55 @@ class Load:
     prompt: int = 512
     repeats: int = 20
 
+    @property
+    def bytes(self) -> int:
+        """About what it takes: the model, keys and values, and adapters in slots and as copies."""
+        size, layers = self.size, self.size.layers
+        shared = size.hidden // size.heads * (size.shared or size.heads)
+        weights = layers * size.hidden * (2 * size.hidden + 2 * shared + 3 * size.inner)
+        weights += size.vocabulary * size.hidden * (1 if size.tied else 2)
+        past = (self.rows + 1) * (self.past + self.prompt) * layers * 2 * shared
+        adapter = self.rank * layers * (9 * size.hidden + 2 * shared + 3 * size.inner)
+        return self.dtype.itemsize * (weights + past + 2 * max(self.adapters) * adapter)
+
+
+REHEARSAL = Load(TINY, torch.float32, 8, (1, 3), rows=4, past=5, prompt=12, repeats=1)
+
+
+def check_machine(device: str, load: Load) -> None:
+    """Raise ConfigError, before anything takes long, where there is no such device,
+    nothing to be measured on it, or too little memory."""
+    if device not in (CPU, CUDA):
+        raise ConfigError(f"{device!r} is no device to measure", f"take {CUDA} or {CPU}")
+    if device == CPU:
+        return
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "no usable GPU found", "`python -m meadow.simulation.serve_gpu cpu` only rehearses"
+        )
+    if not has_kernels(torch.device(device), load.dtype):
+        raise ConfigError(
+            "Triton's kernels cannot be used here: there is nothing to measure",
+            "install triton, a C compiler and Python's headers",
+        )
+    free, wanted = torch.cuda.mem_get_info()[0], _ROOM * load.bytes
+    if free < wanted:
+        raise ConfigError(
+            f"the GPU has {free / 1e9:.0f} GB free, and {wanted / 1e9:.0f} are needed",
+            "end what else uses it",
+        )
+
 
 def run(device: str, load: Load | None = None) -> dict[str, Any]:
-    """The report; `passed` says whether all that has to agree does."""
-    load = load or Load()
+    """The report; `passed` says whether all that has to agree does.
+
+    Where kernels are wrong nothing is timed.  Raises as `check_machine`.
+    """
+    load = load or (Load() if device == CUDA else REHEARSAL)
+    check_machine(device, load)
     gaps = check(device)
-    base = random_base(load.size, dtype=load.dtype, device=device)
-    rows: list[dict[str, Any]] = []
-    logits = []
-    for kernels in sorted({has_kernels(base.device, load.dtype), False}, reverse=True):
-        with Steps(base, load, kernels, CudaRecorder() if kernels else None) as steps:
-            rows += steps.rows()
-            logits += [steps.logits(), *steps.replayed_logits()]
-    apart = float(torch.tensor([gap(found, logits[-1]) for found in logits]).max())
+    right = all(one["passed"] for one in gaps)
+    rows, apart = _timed_steps(device, load) if right else ([], torch.inf)
     return {
         "bench": "serve_gpu",
         **provenance(),
@@ -76,10 +116,22 @@ def run(device: str, load: Load | None = None) -> dict[str, Any]:
         "load": str(load),
         "gaps": gaps,
         "logits_gap": apart,
-        "passed": all(one["passed"] for one in gaps) and apart < _LOGITS,
+        "passed": right and apart < _LOGITS,
         "copy_gb_per_second": round(_bandwidth(device) / 1e9, 1),
         "rows": rows,
     }
+
+
+def _timed_steps(device: str, load: Load) -> tuple[list[dict[str, Any]], float]:
+    """Rows of figures, and how far the logits of all ways to compute a step are apart."""
+    base = random_base(load.size, dtype=load.dtype, device=device)
+    rows: list[dict[str, Any]] = []
+    logits = []
+    for kernels in sorted({has_kernels(base.device, load.dtype), False}, reverse=True):
+        with Steps(base, load, kernels, CudaRecorder() if kernels else None) as steps:
+            rows += steps.rows()
+            logits += [steps.logits(), *steps.replayed_logits()]
+    return rows, float(torch.tensor([gap(found, logits[-1]) for found in logits]).max())
 
 
 def check(device: str) -> list[dict[str, Any]]:
@@ -215,19 +267,9 @@ class Steps(ModelRunner):
     def _ready(self, step: PackedStep, tokens: Tensor, keep: list[int]) -> Act:
         """All that the model is given is on the device: nothing of a step but its own work."""
         device = self.base.device
-        inputs: dict[str, Any] = {
-            "input_ids": tokens.unsqueeze(0).to(device),
-            "position_ids": torch.tensor([step.positions], device=device),
-            "logits_to_keep": torch.tensor(keep, device=device),
-            "use_cache": False,
-            "packed": step,
-        }
-
-        def act() -> Tensor:
-            logits: Tensor = self.base.model(**inputs).logits[0]
-            return logits
-
-        return act
+        ids, positions = tokens.to(device), torch.tensor(step.positions, device=device)
+        kept = torch.tensor(keep, device=device)
+        return lambda: self._logits(ids, positions, step, kept)
 
     def _timed(self, act: Act) -> tuple[float, float | None]:
         """Milliseconds of a step, and of its replay on a GPU."""
@@ -269,8 +311,8 @@ def _milliseconds(act: Callable[[], object], repeats: int) -> float:
 
 def _bandwidth(device: str) -> float:
     """Bytes read and written by a copy, in a second."""
-    source = torch.randint(256, (_COPY if _on_gpu(device) else 2**20,), dtype=torch.uint8)
-    source = source.to(device)
+    size = _COPY if _on_gpu(device) else 2**20
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2e3 * source.nbytes / _milliseconds(lambda: target.copy_(source), 10)
 
@@ -285,6 +327,6 @@ def _on_gpu(device: torch.device | str) -> bool:
 
 
 if __name__ == "__main__":
-    report = run(sys.argv[1] if len(sys.argv) > 1 else "cuda")
-    sys.stdout.write(json.dumps(report, indent=1) + "\n")
-    sys.exit(0 if report["passed"] else 1)
+    status, text = told(run, sys.argv[1:])
+    (sys.stdout if status < 2 else sys.stderr).write(text + "\n")
+    sys.exit(status)

@@ -18,6 +18,7 @@ from ..client.encode import IGNORED, Example, collate
 from ..client.task import Participant
 from ..client.trainer import Trainer
 from ..config import ClientsConfig
+from ..peft_adapters.attention_kernels import any_length_at_once
 from ..peft_adapters.bank import Bank, CoreSlots, core_tree
 from ..peft_adapters.base_model import sites
 from ..peft_adapters.pool import Integers, Pool, directions, fold
@@ -119,7 +120,7 @@ class Setup:
         """A forward pass and its mean loss over so many copies of the batch."""
         ids, labels = self.ids.repeat(copies, 1), self.labels.repeat(copies, 1)
         following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)  # logits stay in place
-        with torch.no_grad():
+        with torch.no_grad(), any_length_at_once():  # as the trainer's passes
             logits = self.model(input_ids=ids, use_cache=False).logits
             return float(nn.functional.cross_entropy(logits.flatten(0, 1), following.flatten()))
 

@@ -27,6 +27,7 @@ from ...errors import (
 )
 from ...peft_adapters.adapter_reader import Adapter
 from ...peft_adapters.blueprint import Blueprint
+from ...peft_adapters.peft_format import LARGEST_RANK
 from ..registry import Alias, Registry, Version
 from ..registry_names import PROD, Reference
 from .open_versions import Key, OpenVersions
@@ -85,8 +86,12 @@ class Catalogue(Closeable):
         blueprint: Blueprint,
         registry: Registry | None,
         poll_seconds: float = 0.25,
+        largest_rank: int = LARGEST_RANK,
     ) -> None:
-        """Raises StorageError or JournalError where the registry cannot be read at first."""
+        """An adapter of a larger rank does not verify.
+
+        Raises StorageError or JournalError where the registry cannot be read at first.
+        """
         self.base = Served(base_name)
         self.warm: Callable[[Served], None] | None = None
         """Called with a new version of an alias in use, just before the alias moves to it."""
@@ -102,7 +107,7 @@ class Catalogue(Closeable):
         self._keeping = threading.Lock()
         self._thread: threading.Thread | None = None
         if registry is not None:
-            self._versions = OpenVersions(registry, blueprint)
+            self._versions = OpenVersions(registry, blueprint, largest_rank)
             self._look(registry)
             self._thread = threading.Thread(
                 target=self._watch, args=[registry, poll_seconds], name="meadow-catalogue"

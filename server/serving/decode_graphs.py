@@ -15,6 +15,7 @@ Only `Recorder` knows how a step is recorded (`cuda_recorder`); all of this runs
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from ...peft_adapters.slot_tokens import SHORT, Tokens
 from .fixed_step import FixedStep
 from .kv_rows import KVRows
 from .work import Work
+
+_LOG = logging.getLogger(__name__)
 
 Step = Callable[[], Tensor]
 Forward = Callable[[Tensor, Tensor, FixedStep], Tensor]
@@ -74,6 +77,9 @@ class DecodeGraphs:
     At most `most` are kept, those that were used last.  A kind of step is recorded once it came
     `patience` times: before that `run` declines it, so that kinds which do not come back cost
     nothing, and none costs much more than it would without recordings.
+
+    Where a kind cannot be recorded, `failed` is set and no other is tried: those that are recorded
+    go on, and `run` declines the rest.
     """
 
     def __init__(
@@ -92,6 +98,7 @@ class DecodeGraphs:
         self.most, self.patience = most, patience
         rows = len(kv.rows)
         self.logits = torch.zeros(rows, vocabulary, dtype=torch.float32, device=kv.data.device)
+        self.replayed, self.failed = 0, False  # steps, and whether one could not be recorded
         self._seen: OrderedDict[Kind, _Seen] = OrderedDict()
 
     @property
@@ -103,22 +110,45 @@ class DecodeGraphs:
     def run(self, batch: Sequence[Work], *, at_once: bool = False) -> Tensor | None:
         """The logits (works, vocabulary), float32, of rows that decode: of one token each.
 
-        None, and nothing is computed, where this kind of step has not come often enough to be
-        recorded; `at_once` it has.
+        None, and no token is lost, where this kind of step has not come often enough to be
+        recorded, or could not be; `at_once` it has come often enough, and what keeps it from being
+        recorded is raised.
         """
         uses = self._uses(batch)
         kind = self._kind(batch, uses)
+        seen = self._came(kind)
+        if seen.recorded is None:
+            if not at_once and (self.failed or seen.times <= self.patience):
+                return None
+            try:
+                seen.recorded = _Recorded(kind, self, batch, uses)
+            except (
+                Exception
+            ) as error:  # the step can still be computed, or says itself what is amiss
+                if at_once:
+                    raise
+                self._give_up(error)
+                return None
+        self.replayed += 1
+        found = seen.recorded.run(batch, uses)
+        return found[[work.row.index for work in batch]]
+
+    def _came(self, kind: Kind) -> _Seen:
         seen = self._seen.setdefault(kind, _Seen())
         self._seen.move_to_end(kind)
         while len(self._seen) > self.most:
             self._seen.popitem(last=False)
         seen.times += 1
-        if seen.recorded is None:
-            if seen.times <= self.patience and not at_once:
-                return None
-            seen.recorded = _Recorded(kind, self)
-        found = seen.recorded.run(batch, uses)
-        return found[[work.row.index for work in batch]]
+        return seen
+
+    def _give_up(self, error: Exception) -> None:
+        self.failed = True
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        _LOG.warning(
+            "a decoding step could not be recorded, and no other will be: %s",
+            reason,
+            exc_info=error,
+        )
 
     def forget(self) -> None:
         """Drop all that is recorded."""
@@ -141,24 +171,29 @@ class DecodeGraphs:
 
 
 class _Recorded:
-    """A step of one kind.  It is recorded with the first batch that it runs."""
+    """A step of one kind, recorded with its first batch."""
 
-    def __init__(self, kind: Kind, graphs: DecodeGraphs) -> None:
+    def __init__(
+        self, kind: Kind, graphs: DecodeGraphs, batch: Sequence[Work], uses: Sequence[Use]
+    ) -> None:
+        """Raises what the recorder does."""
         self._kind, self._graphs = kind, graphs
         self._width = -(-kind.rows // 4) * 4  # whole 16 bytes, as kernels like their addresses
         size = (3 + _LINES * len(kind.groups)) * self._width
         self._inputs = torch.zeros(size, dtype=torch.int32, device=graphs.kv.data.device)
         self._lines = self._inputs.view(-1, self._width)
         self._parts = list(self._grouped())
-        self._replay: Step | None = None
+        self._fill(batch, uses)
+        self._replay = graphs.recorder(self._step)
 
     def run(self, batch: Sequence[Work], uses: Sequence[Use]) -> Tensor:
         """The logits of all rows, (rows, vocabulary), until the next step."""
+        self._fill(batch, uses)
+        return self._replay()
+
+    def _fill(self, batch: Sequence[Work], uses: Sequence[Use]) -> None:
         numbers = list(chain.from_iterable(self._numbers(batch, uses)))
         self._inputs.copy_(torch.tensor(numbers, dtype=torch.int32))
-        if self._replay is None:
-            self._replay = self._graphs.recorder(self._step)
-        return self._replay()
 
     def _step(self) -> Tensor:
         """All of it, from the inputs to the logits; nothing here may differ from step to step."""

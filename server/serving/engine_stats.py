@@ -42,6 +42,8 @@ class Stats:
     cached_tokens: int  # of the prompts' tokens
     generation_tokens: int
     steps: int
+    replayed_steps: int  # of those, what was replayed
+    recording_failed: bool  # a step could not be recorded, and no other will be
     finished: Mapping[str, int]  # by reason: stop, length, abort, failed
     adapters: tuple[AdapterLoad, ...]  # only what runs or waits now
 
@@ -49,6 +51,7 @@ class Stats:
 def snapshot(batcher: Batcher) -> Stats:
     """An engine's figures as they are now; called on its thread."""
     slots, cache, waiting = batcher.slots, batcher.cache.stats(), batcher.waiting
+    graphs = batcher.runner.graphs
     return Stats(
         running=len(batcher.running),
         waiting=len(waiting),
@@ -69,6 +72,8 @@ def snapshot(batcher: Batcher) -> Stats:
         cached_tokens=batcher.totals["cached"],
         generation_tokens=batcher.totals["generation"],
         steps=batcher.totals["steps"],
+        replayed_steps=graphs.replayed if graphs else 0,
+        recording_failed=graphs is not None and graphs.failed,
         finished=dict(batcher.finished),
         adapters=_loads(
             Counter(str(request.job.model) for request in batcher.running),

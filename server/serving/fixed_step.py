@@ -27,6 +27,7 @@ class FixedStep:
     longest: int  # positions that are read; more than any of `positions`
     prompts: Sequence[Prompt] = ()
     where: Tensor = field(init=False)
+    prompt_masks: dict[tuple[Prompt, int | None], Tensor] = field(init=False, default_factory=dict)
     _masks: dict[int | None, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -150,12 +150,12 @@ class KVRows:
 
 def _zeros(size: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
     """On a CPU, memory that the system commits when a row is first used."""
-    if device.type != "cpu":
-        return torch.zeros(*size, device=device, dtype=dtype)
     item = torch.empty((), dtype=dtype).element_size()
     try:
+        if device.type != "cpu":
+            return torch.zeros(*size, device=device, dtype=dtype)
         memory = np.zeros(int(np.prod(size)) * item, np.uint8)
-    except MemoryError as error:
+    except (MemoryError, torch.OutOfMemoryError) as error:
         raise ConfigError(
             f"no memory for {size[2]} texts of {size[4]} tokens", "serve fewer or shorter ones"
         ) from error

@@ -100,8 +100,11 @@ def _engine(base: str, stats: Stats) -> Iterator[str]:
         ("vllm:prefix_cache_queries", "Tokens of prompts looked up.", stats.prompt_tokens),
         ("vllm:prefix_cache_hits", "Tokens of prompts not computed anew.", stats.cached_tokens),
         ("meadow:engine_steps", "Forward passes.", stats.steps),
+        ("meadow:engine_steps_replayed", "Of those, by a CUDA graph.", stats.replayed_steps),
     ):
         yield from _counter(name, about, [(model, value)])
+    about = "1: a step could not be recorded as a CUDA graph, and no other will be."
+    yield from _gauge("meadow:recording_failed", about, int(stats.recording_failed), model)
 
 
 def _times(model: Mapping[str, str], meters: Meters) -> Iterator[str]:

@@ -12,13 +12,20 @@ from transformers import AttentionInterface
 
 from ...closeable import Closeable
 from ...errors import ModelError
+from ...peft_adapters.attention_kernels import any_length_at_once
 from ...peft_adapters.base_model import ALL_LINEAR, Base, sites
 from ...peft_adapters.serving_slots import Packed, Place, Segment, ServingSlots
 from .decode_graphs import DecodeGraphs, Recorder
 from .fixed_step import FixedStep
 from .graph_check import agree, check_graphs
 from .kv_rows import KVRows, Owner, Row, Shape
-from .packed_attention import IMPLEMENTATION, PackedStep, Prompt, Step, attend
+from .packed_attention import (
+    IMPLEMENTATION,
+    PackedStep,
+    Prompt,
+    Step,
+    attend,
+)
 from .work import Work
 
 __all__ = ["ModelRunner", "Work", "number_type"]
@@ -131,13 +138,14 @@ class ModelRunner(Closeable):
 
     def _logits(self, ids: Tensor, positions: Tensor, step: Step, keep: Tensor | int) -> Tensor:
         """Of the tokens to `keep`, 0 for all of them: (n, vocabulary), float32."""
-        answer = self._model(
-            input_ids=ids.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
-            use_cache=False,
-            logits_to_keep=keep,
-            packed=step,
-        )
+        with any_length_at_once():
+            answer = self._model(
+                input_ids=ids.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=keep,
+                packed=step,
+            )
         logits: Tensor = answer.logits[0]
         return logits.float()
 

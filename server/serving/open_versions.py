@@ -13,6 +13,7 @@ from ...closeable import Closeable
 from ...errors import AdapterError, FormatError, IdentityError, MeadowError
 from ...peft_adapters.adapter_reader import Adapter
 from ...peft_adapters.blueprint import Blueprint
+from ...peft_adapters.peft_format import LARGEST_RANK
 from ..registry import Registry, Version
 from ..registry_opened import Opened
 
@@ -45,8 +46,11 @@ class OpenVersions(Closeable):
     """A version is verified when it is opened, again after nobody used it for a while, and again
     once it is doubted."""
 
-    def __init__(self, registry: Registry, blueprint: Blueprint) -> None:
-        self._registry, self._blueprint = registry, blueprint
+    def __init__(
+        self, registry: Registry, blueprint: Blueprint, largest_rank: int = LARGEST_RANK
+    ) -> None:
+        """One of a larger rank does not verify."""
+        self._registry, self._blueprint, self._largest = registry, blueprint, largest_rank
         self._entries: dict[Key, _Entry] = {}
         self._kept: frozenset[Key] = frozenset()
         self._failed: dict[Key, tuple[float, MeadowError]] = {}  # when, and why
@@ -140,6 +144,12 @@ class OpenVersions(Closeable):
     def _open(self, key: Key, version: Version) -> None:
         doubts = self._doubts
         opened = self._registry.lease(version, self._blueprint)  # outside the lock: it reads files
+        if opened.verified.rank > self._largest:
+            _close([opened])
+            raise AdapterError(
+                f"{version} has rank {opened.verified.rank}, and at most {self._largest} is served",
+                "publish it with a smaller rank, or start the server with a larger --max-rank",
+            )
         with self._guard:
             entry = self._entries.setdefault(key, _Entry(opened))
             before, entry.opened = entry.opened, opened  # it was doubted, and others still use it

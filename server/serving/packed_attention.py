@@ -40,6 +40,7 @@ class Step(Protocol):
     decoding: int  # tokens, before those of the prompts
     span: int  # rows that these read
     longest: int  # positions that they read
+    prompt_masks: dict[tuple[Prompt, int | None], Tensor]  # by window: made once for all layers
 
     def by_row(self, tokens: Tensor) -> Tensor:
         """Decoding tokens (n, ...) as rows (span, ...); what a gap gets is of no use."""
@@ -62,6 +63,7 @@ class PackedStep:
     decode: Sequence[tuple[int, int]]
     prompts: Sequence[Prompt]
     where: Tensor = field(init=False)
+    prompt_masks: dict[tuple[Prompt, int | None], Tensor] = field(init=False, default_factory=dict)
     _masks: dict[int | None, Tensor | None] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -119,9 +121,17 @@ def mask_of(ends: Tensor, longest: int, window: int | None, dtype: torch.dtype) 
     hidden = at >= after
     if window is not None:
         hidden |= at < after - window
-    return torch.zeros(hidden.shape, dtype=dtype, device=ends.device).masked_fill_(
-        hidden, -torch.inf
-    )
+    return _bias(hidden, dtype)
+
+
+def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """-inf for what is hidden, (..., longest), else 0.
+
+    Rows begin at whole 16 bytes: a GPU's kernels else copy it first, in every layer.
+    """
+    *rows, longest = hidden.shape
+    bias = torch.zeros(*rows, -(-longest // 8) * 8, dtype=dtype, device=hidden.device)
+    return bias[..., :longest].masked_fill_(hidden, -torch.inf)
 
 
 def attend(
@@ -151,7 +161,7 @@ def attend(
         parts.append(_decode(query[0, :, :start], data, packed, scaling, sliding_window))
     for prompt in packed.prompts:
         own = query[:, :, start : start + prompt.length]
-        parts.append(_prompt(own, data, prompt, scaling, sliding_window))
+        parts.append(_prompt(own, data, prompt, packed, scaling, sliding_window))
         start += prompt.length
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0), None
 
@@ -173,25 +183,36 @@ def _decode(
 
 
 def _prompt(
-    query: Tensor, data: Tensor, prompt: Prompt, scaling: float, window: int | None
+    query: Tensor, data: Tensor, prompt: Prompt, packed: Step, scaling: float, window: int | None
 ) -> Tensor:
-    """query (1, heads, t, width) of one prompt's segment; gives (t, heads, width)."""
+    """query (1, heads, t, width) of one prompt's segment; gives (t, heads, width).
+
+    A first segment needs no mask, and then kernels take fewer heads of keys as they are.  With a
+    mask a GPU's may not, and would repeat them in float32: there heads that share keys stand in the
+    place of a longer query.
+    """
     end = prompt.past + prompt.length
     keys, values = data[:, prompt.row : prompt.row + 1, :, :end]
-    whole = prompt.past == 0 and (window is None or window >= end)
-    mask = None if whole else _prompt_mask(prompt, window, query)
-    out = scaled_dot_product_attention(
-        query, keys, values, mask, is_causal=whole, scale=scaling, enable_gqa=True
-    )
-    return out[0].transpose(0, 1)
+    if prompt.past == 0 and (window is None or window >= end):
+        out = scaled_dot_product_attention(
+            query, keys, values, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return out[0].transpose(0, 1)
+    _, heads, length, width = query.shape
+    shared = data.shape[2]
+    if (prompt, window) not in packed.prompt_masks:
+        mask = _prompt_mask(prompt, window, query, heads // shared)
+        packed.prompt_masks[prompt, window] = mask
+    own, mask = query.reshape(1, shared, -1, width), packed.prompt_masks[prompt, window]
+    out = scaled_dot_product_attention(own, keys, values, mask, scale=scaling)
+    return out.reshape(heads, length, width).transpose(0, 1)
 
 
-def _prompt_mask(prompt: Prompt, window: int | None, like: Tensor) -> Tensor:
+def _prompt_mask(prompt: Prompt, window: int | None, like: Tensor, times: int) -> Tensor:
+    """What the segment's tokens must not see, so many times over: (times * t, positions)."""
     at = torch.arange(prompt.past + prompt.length, device=like.device)
     own = at[prompt.past :].unsqueeze(1)
     hidden = at > own
     if window is not None:
         hidden |= at <= own - window
-    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(
-        hidden, -torch.inf
-    )
+    return _bias(hidden.repeat(times, 1), like.dtype)

@@ -1,9 +1,14 @@
-"""Choosing a request's next token, by its own rules and its own random numbers."""
+"""Choosing requests' next tokens, each by its own rules and its own random numbers.
+
+All rows are chosen from where their logits are: on a GPU a vocabulary's numbers, and sorting them,
+would take longer on the host than a step of the model.  Only the tokens leave it, together.
+"""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,40 +23,68 @@ from transformers import (
 from .requests import Sampling
 
 _SEEDS = 2**63
+_CHANCES = 2**48  # so that one of them times a sum in float64 stays below the sum
 _COLDEST = 1e-5
 """A temperature at which the likeliest token is as good as certain.  Quotients by much less leave
 float32's range."""
+
+
+class Rules(NamedTuple):
+    """From which distribution tokens are drawn."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
 
 
 class Chooser:
     """The tokens that it draws depend on the request's seed and the logits, and on no neighbour."""
 
     def __init__(self, sampling: Sampling) -> None:
-        self.greedy = sampling.temperature == 0
-        if not self.greedy:
+        self.rules: Rules | None = None  # None: the likeliest token
+        if sampling.temperature != 0:
             seed = secrets.randbelow(_SEEDS) if sampling.seed is None else sampling.seed
             self._random = torch.Generator().manual_seed(seed % _SEEDS)
-            self._filters = _filters(sampling)
+            self.rules = Rules(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
 
-    def draw(self, logits: Tensor) -> int:
-        """One token from float32 logits (vocabulary), of which the highest is finite.
-
-        That is made 0 first, so that whatever the temperature some probability is left.
-        """
-        own = logits.cpu()
-        filtered = self._filters(torch.empty(0), (own - own.max()).unsqueeze(0))
-        drawn = torch.multinomial(filtered.softmax(-1), 1, generator=self._random)
-        return int(drawn)
+    def chance(self) -> float:
+        """The next of its random numbers, in [0, 1)."""
+        return int(torch.randint(_CHANCES, (), generator=self._random)) / _CHANCES
 
 
 def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[int | None]:
-    """The next token of each row of logits (n, vocabulary); None where they are not finite."""
-    highest, likeliest = logits.max(-1)  # which is NaN where anything is
-    rows = zip(logits, highest.isfinite().tolist(), likeliest.tolist(), choosers, strict=True)
-    return [
-        (best if chooser.greedy else chooser.draw(row)) if finite else None
-        for row, finite, best, chooser in rows
-    ]
+    """The next token of each row of float32 logits (n, vocabulary); None where they are not
+    finite."""
+    highest, tokens = logits.max(-1, keepdim=True)  # NaN where anything is
+    tokens = tokens[:, 0]
+    for rules, rows in _by_rules(choosers).items():
+        chances = torch.tensor([choosers[row].chance() for row in rows], dtype=torch.float64)
+        at = torch.tensor(rows).to(logits.device, non_blocking=True)
+        own = logits[at] - highest[at]
+        tokens[at] = _drawn(own, rules, chances.to(logits.device, non_blocking=True))
+    found: list[int] = tokens.where(highest[:, 0].isfinite(), -1).tolist()
+    return [token if token >= 0 else None for token in found]
+
+
+def _by_rules(choosers: Sequence[Chooser]) -> dict[Rules, list[int]]:
+    """Which rows are drawn from one distribution; the likeliest token's are in none."""
+    rows: dict[Rules, list[int]] = {}
+    for row, chooser in enumerate(choosers):
+        if chooser.rules is not None:
+            rows.setdefault(chooser.rules, []).append(row)
+    return rows
+
+
+def _drawn(logits: Tensor, rules: Rules, chances: Tensor) -> Tensor:
+    """A token for each row of logits (n, vocabulary), by inverting its distribution's sums at its
+    chance (n), float64.
+
+    The highest logit is 0, so that whatever the temperature some probability is left.
+    """
+    left = _filters(rules)(torch.empty(0), logits)
+    sums = left.softmax(-1).cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(sums, chances.unsqueeze(1) * sums[:, -1:], right=True)[:, 0]
 
 
 def log_probabilities(
@@ -67,15 +100,15 @@ def log_probabilities(
         yield found, tuple(zip(ids, others, strict=True))
 
 
-def _filters(sampling: Sampling) -> LogitsProcessorList:
+def _filters(rules: Rules) -> LogitsProcessorList:
     """transformers' own, in the order in which `generate` applies them."""
     filters = LogitsProcessorList()
-    if sampling.temperature != 1:
-        filters.append(TemperatureLogitsWarper(max(sampling.temperature, _COLDEST)))
-    if sampling.top_k:
-        filters.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        filters.append(TopPLogitsWarper(max(sampling.top_p, 1e-9)))
-    if sampling.min_p > 0:
-        filters.append(MinPLogitsWarper(sampling.min_p))
+    if rules.temperature != 1:
+        filters.append(TemperatureLogitsWarper(max(rules.temperature, _COLDEST)))
+    if rules.top_k:
+        filters.append(TopKLogitsWarper(rules.top_k))
+    if rules.top_p < 1:
+        filters.append(TopPLogitsWarper(max(rules.top_p, 1e-9)))
+    if rules.min_p > 0:
+        filters.append(MinPLogitsWarper(rules.min_p))
     return filters

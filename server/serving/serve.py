@@ -27,6 +27,7 @@ from ...peft_adapters.base_model import (
     sites,
 )
 from ...peft_adapters.blueprint import Blueprint
+from ...peft_adapters.peft_format import LARGEST_RANK
 from ..registry import Registry, default_folder
 from .catalogue import Catalogue
 from .chat_prompt import Prompts
@@ -57,6 +58,8 @@ class ServeOptions:
     """Without keys, listen also where others reach it."""
     drain_seconds: float = 60.0
     largest_body: int = Front.largest_body
+    largest_rank: int = LARGEST_RANK
+    """Adapters of a larger one are refused: slots take memory by rank."""
     engine: EngineOptions = field(default_factory=EngineOptions)
 
 
@@ -99,6 +102,12 @@ def check_exposure(options: ServeOptions) -> None:
         )
 
 
+def check_rank_bound(largest: int) -> None:
+    """Raise ConfigError for a bound that no adapter could reach, or none keep."""
+    if not 1 <= largest <= LARGEST_RANK:
+        raise ConfigError(f"--max-rank {largest} is not 1 to {LARGEST_RANK}")
+
+
 @contextmanager
 def bound(address: str) -> Iterator[socket.socket]:
     """A socket that is ours and takes no connections yet.  Raises ConfigError where the address is
@@ -126,13 +135,16 @@ def opened_front(options: ServeOptions, tenants: Tenants) -> Iterator[Front]:
     """The base loaded, the registry open, the engine running; all closed again in the end."""
     if options.engine.cuda_graphs:  # else one would hear of it once the base is loaded
         check_recording(device_of(options.device), DTYPES[options.dtype])
+    check_rank_bound(options.largest_rank)
     base = load_base(
         options.base, dtype=options.dtype, quantize=options.quantize, device=options.device
     )
     name = public_name(options.base)
     with ExitStack() as resources:
         registry = resources.enter_context(_registry(options.registry))
-        catalogue = resources.enter_context(Catalogue(name, blueprint_of(base), registry))
+        catalogue = resources.enter_context(
+            Catalogue(name, blueprint_of(base), registry, largest_rank=options.largest_rank)
+        )
         engine = resources.enter_context(Engine(base, catalogue, options.engine))
         yield front_of(base, name, catalogue, engine, tenants, options)
 

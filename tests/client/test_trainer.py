@@ -216,6 +216,20 @@ def test_the_measured_loss_is_the_mean_over_response_tokens(bank: Bank, rows: in
     assert measured.tokens == sum(int((e.labels[1:] != IGNORED).sum()) for e in examples)
 
 
+def test_no_attention_plans_for_each_length_of_a_batch(bank: Bank) -> None:
+    """As a GPU's does that torch would take first: for longer than a step takes."""
+    found: list[bool] = []
+
+    def note(*_: object) -> None:
+        found.append(torch.backends.cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]
+
+    with bank.model.register_forward_pre_hook(note):
+        trainer(bank).loss(Loss(tree(bank.sites, 1)), text(2))
+    assert found == [False] * len(found) and found
+    note()
+    assert found[-1]
+
+
 def test_nothing_to_measure_is_no_loss(bank: Bank) -> None:
     measured = trainer(bank).loss(Loss(tree(bank.sites, 1)), [])
     assert (measured.loss, measured.tokens) == (0.0, 0)

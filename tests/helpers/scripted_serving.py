@@ -97,7 +97,7 @@ class ScriptedEngine:
     def stats(self) -> Stats:
         loads = (AdapterLoad("news@v7", 2, 1), AdapterLoad('odd"\\', 1, 0))
         return Stats(
-            3, 1, 16, 30, 120, 2, 16, 5, 4, 3, 1000, 2000, 7, 8, 9, 110, 10, 220, 55,
+            3, 1, 16, 30, 120, 2, 16, 5, 4, 3, 1000, 2000, 7, 8, 9, 110, 10, 220, 55, 44, False,
             {"stop": 1, "length": 2}, loads,
         )  # fmt: skip
 

@@ -17,7 +17,7 @@ from served_models import packed_adapter, small_base
 from torch import Tensor
 
 from meadow.peft_adapters.base_model import Base
-from meadow.peft_adapters.serving_slots import Packed, Place, Segment
+from meadow.peft_adapters.serving_slots import Packed, Place, Segment, kernel_is_right
 from meadow.peft_adapters.serving_triton import add
 from meadow.peft_adapters.slot_tokens import SHORT, Tokens, listed
 from meadow.server.serving.cuda_recorder import CudaRecorder
@@ -58,6 +58,8 @@ def main(device: str, examples: int) -> None:
         assert torch.equal(found, served(case, device, kernels=True))
         agreed += 1
 
+    for dtype in TOLERANCE:
+        assert kernel_is_right(torch.device(device), dtype)
     compare()
     compare_a_model(device)
     compare_recorded(device)

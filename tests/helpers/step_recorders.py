@@ -16,7 +16,7 @@ from meadow.peft_adapters import serving_slots
 from meadow.peft_adapters.slot_tokens import Tokens
 from meadow.server.serving.decode_graphs import Step
 
-_FROM_HOST, _TO_HOST = "aten::lift_fresh", ("aten::_local_scalar_dense", "aten::nonzero")
+FROM_HOST, TO_HOST = "aten::lift_fresh", ("aten::_local_scalar_dense", "aten::nonzero")
 
 
 def again(step: Step) -> Step:
@@ -52,7 +52,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
-        if name == _FROM_HOST or name in _TO_HOST:
+        if name == FROM_HOST or name in TO_HOST:
             raise RuntimeError(f"{name} while a step is recorded")
         result = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, result))
@@ -79,7 +79,7 @@ def _address(tensor: Tensor) -> int:
 def product(x: Tensor, y: Tensor, a: Tensor, b: Tensor, tokens: Tokens) -> None:
     """What kernels over slots compute (`slot_tokens.Kernel`), in operations on tensors alone."""
     order, (slots, firsts, counts) = tokens.order.long(), tokens.blocks.long().unbind(1)
-    at = torch.arange(tokens.size)
+    at = torch.arange(tokens.size, device=x.device)
     mine = at < counts.unsqueeze(1)
     own = order[(firsts.unsqueeze(1) + at).clamp(max=len(order) - 1)]  # (blocks, size)
     found = torch.bmm(torch.bmm(x[own], a[slots].mT), b[slots])

@@ -230,3 +230,15 @@ def test_a_real_llama(tmp_path: Path) -> None:
     assert len(sites(base.model, "all-linear")) == 35
     shutil.copytree(folder, tmp_path / "copy")
     assert load_base(str(tmp_path / "copy"), device="cpu").digest == base.digest
+
+
+def test_a_gpu_without_room_is_said_in_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nand so on")
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    with pytest.raises(ModelError, match="cannot be loaded: CUDA out of memory") as told:
+        load_base(str(folder), device="cpu")
+    assert "and so on" not in str(told.value)

@@ -21,6 +21,7 @@ for seed, tensor_id, part in streams:
         assert torch.equal(kernel, philox.signs(seed, tensor_id, part, count)), (seed, part, count)
 assert philox_triton.signs(1, 0, 0, 0, "cpu").shape == (0,)
 first = "".join("+-"[s < 0] for s in philox_triton.signs(1, 0, 0, 4096, "cpu")[:16].tolist())
+assert philox.kernel_is_right("cpu")
 assert first == "++++---++--+++++", first
 """
 

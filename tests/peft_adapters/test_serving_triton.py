@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from meadow.peft_adapters import serving_slots
 from meadow.peft_adapters.serving_slots import Place, Segment, has_kernels
 from meadow.simulation.slot_check import SLOTS, TOLERANCE, Case, exact, gap, served
 
@@ -96,7 +97,10 @@ def test_they_compile_for_a_gpu_without_one(tmp_path: Path) -> None:
     python("-c", COMPILED, TRITON_CACHE_DIR=str(tmp_path))
 
 
-def test_kernels_compute_on_a_gpu_alone_and_in_no_more_than_32_bits() -> None:
+def test_kernels_compute_on_a_gpu_alone_and_in_no_more_than_32_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(serving_slots, "_work", lambda dtype: True)
     gpu = torch.device("cuda")
     assert has_kernels(gpu, torch.bfloat16) == has_kernels(gpu, torch.float32) == TRITON
     assert not has_kernels(torch.device("cpu"), torch.float32)

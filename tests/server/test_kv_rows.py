@@ -96,3 +96,12 @@ def test_memory_is_committed_when_a_row_is_used() -> None:
 def test_more_than_there_is_is_refused() -> None:
     with pytest.raises(ConfigError, match="no memory for 64 texts of 1073741824 tokens"):
         KVRows(Shape(64, 8, 128), 64, 2**30, torch.device("cpu"), torch.float32)
+
+
+def test_a_gpu_without_room_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nand so on")
+
+    monkeypatch.setattr(torch, "zeros", full)
+    with pytest.raises(ConfigError, match="no memory for 64 texts of 8192 tokens .serve fewer"):
+        KVRows(Shape(16, 8, 64), 64, 8192, torch.device("cuda"), torch.bfloat16)

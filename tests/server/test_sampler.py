@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from meadow.server.serving.requests import Sampling
 from meadow.server.serving.sampler import Chooser, choose
@@ -13,9 +16,15 @@ from meadow.server.serving.sampler import Chooser, choose
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0])
 
 
+def draw(chooser: Chooser, logits: Tensor = LOGITS) -> int:
+    (token,) = choose(logits.unsqueeze(0), [chooser])
+    assert token is not None
+    return token
+
+
 def drawn(count: int = 400, **settings: float) -> set[int]:
     chooser = Chooser(Sampling(1, seed=1, **settings))  # type: ignore[arg-type]
-    return {chooser.draw(LOGITS) for _ in range(count)}
+    return {draw(chooser) for _ in range(count)}
 
 
 def test_filters_leave_what_they_should() -> None:
@@ -33,7 +42,7 @@ def test_frequencies_are_the_probabilities() -> None:
     chooser, count = Chooser(Sampling(1, temperature=0.5, seed=3)), 4000
     found = torch.zeros(len(LOGITS))
     for _ in range(count):
-        found[chooser.draw(LOGITS)] += 1
+        found[draw(chooser)] += 1
     expected = (LOGITS / 0.5).softmax(-1)
     assert (found / count - expected).abs().max() < 0.03
 
@@ -42,7 +51,7 @@ def test_frequencies_are_the_probabilities() -> None:
 @given(st.integers())
 def test_any_integer_is_a_seed_and_fixes_the_tokens(seed: int) -> None:
     runs = [
-        [chooser.draw(LOGITS) for _ in range(20)]
+        [draw(chooser) for _ in range(20)]
         for chooser in (Chooser(Sampling(1, seed=seed)), Chooser(Sampling(1, seed=seed)))
     ]
     assert runs[0] == runs[1]
@@ -50,7 +59,7 @@ def test_any_integer_is_a_seed_and_fixes_the_tokens(seed: int) -> None:
 
 def test_without_a_seed_no_two_requests_draw_alike() -> None:
     choosers = [Chooser(Sampling(1, temperature=5.0)) for _ in range(2)]
-    one, other = ([chooser.draw(LOGITS) for _ in range(64)] for chooser in choosers)
+    one, other = ([draw(chooser) for _ in range(64)] for chooser in choosers)
     assert one != other
 
 
@@ -74,3 +83,47 @@ def test_whatever_the_temperature_and_the_logits_there_is_a_token(
     sampling = Sampling(1, temperature=temperature, top_p=0.9, top_k=3, min_p=0.01, seed=1)
     (token,) = choose((LOGITS * scale).unsqueeze(0), [Chooser(sampling)])
     assert token in ({0} if temperature < 0.1 or scale > 1 else {0, 1, 2})
+
+
+RULES: list[dict[str, Any]] = [
+    {"temperature": 0.0}, {}, {"top_p": 0.8}, {"temperature": 0.7, "top_k": 9}, {"min_p": 0.05}, {},
+]  # fmt: skip
+
+
+def test_neighbours_change_no_token() -> None:
+    """Rows of any rules, drawn together and each alone, in any order."""
+    logits = 3 * torch.randn(20, len(RULES), 50, generator=torch.Generator().manual_seed(0))
+
+    def choosers() -> list[Chooser]:
+        return [Chooser(Sampling(1, seed=at, **own)) for at, own in enumerate(RULES)]
+
+    together, alone, turned = choosers(), choosers(), choosers()[::-1]
+    for rows in logits:
+        found = choose(rows, together)
+        assert found == [draw(own, row) for own, row in zip(alone, rows, strict=True)]
+        assert found == choose(rows.flip(0), turned)[::-1]
+
+
+WAITS = {Tensor.cpu, Tensor.tolist, Tensor.item, Tensor.__int__, Tensor.__bool__, Tensor.__float__}
+
+
+class Far(Tensor):
+    """As if on a device: notes what the host asks of it and waits for."""
+
+    asked: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in WAITS:
+            cls.asked.append(func.__name__)
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+
+
+def test_only_the_tokens_leave_the_device_and_all_at_once() -> None:
+    """A row of logits takes longer to be copied than a step takes, and to be sorted on a host."""
+    logits = torch.randn(len(RULES), 50, generator=torch.Generator().manual_seed(0))
+    found, wanted = (
+        choose(where, [Chooser(Sampling(1, seed=at, **own)) for at, own in enumerate(RULES)])
+        for where in (logits.as_subclass(Far), logits)
+    )
+    assert found == wanted and Far.asked == ["tolist"]

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from step_recorders import cpu_kernels, tape
 from torch import Tensor
 
+from meadow.cli import main as meadow
+from meadow.errors import ConfigError, ModelError
+from meadow.peft_adapters.base_model import ALL_LINEAR, sites
 from meadow.peft_adapters.serving_slots import Place
-from meadow.simulation import serve_gpu
+from meadow.simulation import gpu_check, serve_gpu, serve_gpu_bench
+from meadow.simulation.bench_request import BenchRequest
+from meadow.simulation.device_report import told
 from meadow.simulation.random_llama import Size, random_base
-from meadow.simulation.serve_gpu import Load, Steps, check, run
-from meadow.simulation.slot_check import Case, served
+from meadow.simulation.serve_gpu import REHEARSAL, Load, Steps, check, check_machine, run
+from meadow.simulation.slot_check import TOLERANCE, Case, served
 
 TINY = Load(
     Size(32, 48, 1, 4, vocabulary=128, length=64, shared=2, tied=False),
@@ -74,3 +82,74 @@ def test_a_wrong_sum_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(serve_gpu, "served", wrong)
     assert not check("cpu")[0]["passed"] and not run("cpu", TINY)["passed"]
+
+
+def test_wrong_sums_are_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And make no table."""
+    monkeypatch.setitem(TOLERANCE, torch.float32, 0.0)
+    report = run("cpu", TINY)
+    assert not report["passed"] and report["rows"] == []
+    with pytest.raises(ModelError, match="sums differ: by .* of a layer's"):
+        serve_gpu_bench.run(BenchRequest("serve-gpu", tmp_path), "cpu", TINY)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_has_each_step_beside_its_limit(tmp_path: Path) -> None:
+    phases: list[str] = []
+    request = BenchRequest("serve-gpu", tmp_path, phases.append)
+    report, page = serve_gpu_bench.run(request, "cpu", TINY)
+    cases = [f"products_{step}_{n}" for step in ("decode", "prefill") for n in (1, 3)]
+    assert [row["case"] for row in report["rows"]] == cases and phases
+    for row in report["rows"]:
+        assert row["value"] == row["share"] and row["ratio"] == row["value"] / row["baseline"]
+        assert row["baseline"] == row.get("limit", 1.0)
+        assert f"| {row['case']} |" in page
+    assert json.loads((tmp_path / "serve-gpu.json").read_text()) == report
+    assert (tmp_path / "serve-gpu.md").read_text() == page
+    for only, model in (("products_decode_1", ""), ("", "nano")):
+        with pytest.raises(ConfigError, match="one model and all cases"):
+            request = BenchRequest("serve-gpu", tmp_path, model=model, only=only)
+            serve_gpu_bench.run(request, "cpu", TINY)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_line_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert meadow(["bench", "serve-gpu", "--out", str(tmp_path)]) == 2
+    assert "no usable GPU found" in capsys.readouterr().err.splitlines()[-1]
+    for measure in (run, gpu_check.run):
+        status, text = told(measure, [])
+        assert status == 2 and "no usable GPU found" in text and "\n" not in text
+    assert "'tpu' is no device to measure" in told(run, ["tpu"])[1]
+
+
+def test_a_gpu_without_kernels_or_room_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else products would be timed in their place, or memory run out after minutes."""
+    room = 40 * 10**9
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (room, room))
+    monkeypatch.setattr(serve_gpu, "has_kernels", lambda device, dtype: False)
+    with pytest.raises(ConfigError, match="Triton.s kernels cannot be used here"):
+        check_machine("cuda", Load())
+    monkeypatch.setattr(serve_gpu, "has_kernels", lambda device, dtype: True)
+    check_machine("cuda", Load())
+    room = 20 * 10**9
+    with pytest.raises(ConfigError, match="the GPU has 20 GB free, and 3. are needed"):
+        check_machine("cuda", Load())
+
+
+def test_the_room_that_is_asked_for_is_what_is_held() -> None:
+    """All but the norms, of 2 hidden layers and one that comes last."""
+    base, load = random_base(TINY.size), TINY
+    own = sum(parameter.numel() for parameter in base.model.parameters()) - 3 * 32
+    layers = sites(base.model, ALL_LINEAR)
+    adapter = load.rank * sum(site.rows + site.columns for site in layers)
+    past = 5 * 17 * 1 * 2 * 16
+    assert load.bytes == 4 * (own + past + 2 * 3 * adapter)
+
+
+def test_a_rehearsal_runs_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    status, text = told(run, ["cpu"])
+    report = json.loads(text)
+    assert status == 0 and report["load"] == str(REHEARSAL) and report["passed"]
+    monkeypatch.setitem(TOLERANCE, torch.float32, 0.0)
+    assert told(run, ["cpu"])[0] == 1
