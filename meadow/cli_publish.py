@@ -83,6 +83,8 @@ async def _work(options: argparse.Namespace, keys: list[str]) -> dict[str, Any]:
     wanted = list(dict.fromkeys(Reference.parse(text) for text in options.names))
     canaries = read_canaries(options.canaries) if options.canaries else []
     folder, disk = options.folder.resolve(), Disk()
+    shelf = Shelf(folder / "versions", (options.mounted or folder) / "versions", disk)
+    shelf.check()
     disk.folder(folder)
     async with AsyncExitStack() as stack:
         stack.enter_context(locked(folder / "publisher.lock", "one publisher has one folder"))
@@ -91,7 +93,6 @@ async def _work(options: argparse.Namespace, keys: list[str]) -> dict[str, Any]:
         await stack.enter_async_context(session)
         key = _server_key(options)
         routes = ModelRoutes([Replica(url, session, key) for url in dict.fromkeys(options.url)])
-        shelf = Shelf(folder / "versions", (options.mounted or folder) / "versions", disk)
         patience = _ONCE_PATIENCE if options.once else _PATIENCE
         publisher = Publisher(
             *(_opener(options), wanted, routes, shelf, canaries, options.drain, patience),

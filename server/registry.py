@@ -44,8 +44,9 @@ from .registry_names import PROD, Reference, adapter_name, alias_name
 from .registry_opened import Opened
 from .registry_rows import Alias, Entry, Rows, Version
 
-__all__ = ["Alias", "Entry", "Registry", "Version", "default_folder"]
+__all__ = ["Alias", "Entry", "Registry", "Version", "default_folder", "is_registry"]
 
+_DATABASE = "registry.db"
 _UNUSABLE = (AdapterError, FormatError, IdentityError, RegistryError)
 """What is wrong with a version itself, and not with the disk."""
 _RESTORE = "restore the registry's folder from a copy"
@@ -56,6 +57,11 @@ Named = str | Reference | Version
 def default_folder() -> Path:
     """Where this user's registry is: beside the key.  IdentityError where there is no home."""
     return default_path().parent / "registry"
+
+
+def is_registry(folder: Path) -> bool:
+    """Whether a registry lies in a folder."""
+    return (folder / _DATABASE).is_file()
 
 
 class Registry(Closeable):
@@ -71,7 +77,7 @@ class Registry(Closeable):
         self._folders = VersionFolders(folder / "versions", disk, limits)
         self._leases = Leases(folder / "leases")
         with self._turn():
-            self._database = Database(folder / "registry.db", who, disk, clock)
+            self._database = Database(folder / _DATABASE, who, disk, clock)
             try:
                 self._folders.sweep()
             except BaseException:

@@ -27,7 +27,7 @@ from ...peft_adapters.base_model import (
     sites,
 )
 from ...peft_adapters.blueprint import Blueprint
-from ..registry import Registry, default_folder
+from ..registry import Registry, default_folder, is_registry
 from .catalogue import Catalogue
 from .chat_prompt import Prompts
 from .cuda_recorder import check_recording
@@ -171,7 +171,7 @@ def public_name(base: str) -> str:
 
 
 def _registry(folder: Path | None) -> Registry:
-    if folder is not None and not (folder / "registry.db").is_file():
+    if folder is not None and not is_registry(folder):
         raise ConfigError(f"{folder}: no registry there", "`meadow adapters publish` makes one")
     return Registry.open(folder or default_folder(), own_identity())
 

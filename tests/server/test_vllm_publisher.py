@@ -14,6 +14,8 @@ from registries import adapter, place
 from vllm_stage import Stage, name_of, said_by, staged
 
 from meadow.server.canaries import Canary
+from meadow.server.vllm_publisher import Shelf
+from meadow.store import Disk
 
 Play = Callable[[Stage], Awaitable[None]]
 
@@ -355,6 +357,22 @@ def test_a_copy_that_was_cut_off_is_cleared_away(tmp_path: Path) -> None:
         stage.promote(1)
         assert await stage.settle()
         assert [path.name for path in (tmp_path / "shelf").iterdir()] == [adapter(1).id]
+
+    play(tmp_path, scene)
+
+
+def test_a_shelf_that_becomes_a_registry_loses_nothing(tmp_path: Path) -> None:
+    """Copies that nothing needs are deleted; a registry's versions are no copies."""
+
+    async def scene(stage: Stage) -> None:
+        stage.publisher._shelf = Shelf(*[tmp_path / "registry" / "versions"] * 2, Disk())
+        for number in (1, 2, 3):
+            stage.promote(number)
+        assert not await stage.settle()
+        assert f"{tmp_path / 'registry'} is a registry" in str(stage.publisher.faults["shelf"])
+        assert [stage.registry.verify(f"mail@v{number}").id for number in (1, 2, 3)] == [
+            adapter(number).id for number in (1, 2, 3)
+        ]
 
     play(tmp_path, scene)
 
