@@ -28,6 +28,7 @@ from ..peft_adapters.safetensors_header import LARGEST_JSON
 from ..peft_adapters.signed_adapter import Limits, SignedAdapter
 from ..store import DRAFT, Disk, explained
 from .registry import Named, Registry
+from .registry_changes import refuse_bound_elsewhere
 from .registry_names import adapter_name
 from .registry_rows import Version
 
@@ -137,15 +138,17 @@ def _place(id: str, name: str) -> str:
 
 
 def _verify_all(archive: _Archive, trusted: dict[str, Ed25519PublicKey]) -> None:
-    for _, files in archive.versions():
+    for names, files in archive.versions():
         try:
-            files.verify(trusted)
+            verified = files.verify(trusted)
         except IdentityError as error:
             keys = ", ".join(sorted(archive.index.keys)) or "none"
             raise IdentityError(
                 f"{files.origin}: {error.message}",
                 f"if the sender confirms a key's id, import with --trust; it brings {keys}",
             ) from error
+        for name in names:
+            refuse_bound_elsewhere(name, verified)
 
 
 class _Archive:

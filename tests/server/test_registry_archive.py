@@ -101,6 +101,19 @@ def test_all_or_nothing(here: Registry, there: Registry, tmp_path: Path) -> None
     assert unchanged(there) and there.trusted() == {}
 
 
+def test_a_name_that_an_archive_may_not_give_changes_nothing(
+    here: Registry, there: Registry, tmp_path: Path
+) -> None:
+    """Who packs an archive names its versions; a signer may have bound the last of them."""
+    publish_run(here, write_run(tmp_path / "run", 9, name="zoo"), "zoo")
+    export_versions(here, here.versions(), tmp_path / "a.tar")
+    (info, index), *parts = members(tmp_path / "a.tar")
+    forged = write(tmp_path / "b.tar", [(info, index.replace(b'"zoo"', b'"spa"')), *parts])
+    with pytest.raises(RegistryError, match="to be published as 'zoo', not as 'spa'"):
+        import_versions(there, forged, trust=[ME.key_id])
+    assert unchanged(there) and set(there.trusted()) == {STRANGER.key_id}
+
+
 def test_nothing_is_exported_that_does_not_verify(here: Registry, tmp_path: Path) -> None:
     path = here.folder / "versions" / adapter(1).id / "adapter_config.json"
     path.write_bytes(b"{}")
