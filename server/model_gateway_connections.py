@@ -79,7 +79,7 @@ class _Connection(web.RequestHandler):
         super().__init__(
             server,
             loop=asyncio.get_running_loop(),
-            access_log=None,
+            access_log=None,  # type: ignore[arg-type]  # which aiohttp takes for none
             keepalive_timeout=IDLE_SECONDS,
         )
         self._all_of_them = all_of_them

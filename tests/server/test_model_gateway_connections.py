@@ -173,9 +173,7 @@ def test_who_says_nothing_is_hung_up_on(tmp_path: Path, monkeypatch: pytest.Monk
 def test_half_the_files_are_for_the_servers(
     files: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        model_gateway_connections.resource, "getrlimit", lambda what: (files, files)
-    )
+    monkeypatch.setattr("resource.getrlimit", lambda what: (files, files))
     assert most_connections() == most
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -365,7 +367,8 @@ def test_a_shelf_that_becomes_a_registry_loses_nothing(tmp_path: Path) -> None:
     """Copies that nothing needs are deleted; a registry's versions are no copies."""
 
     async def scene(stage: Stage) -> None:
-        stage.publisher._shelf = Shelf(*[tmp_path / "registry" / "versions"] * 2, Disk())
+        versions = tmp_path / "registry" / "versions"
+        stage.publisher._shelf = Shelf(versions, versions, Disk())
         for number in (1, 2, 3):
             stage.promote(number)
         assert not await stage.settle()
@@ -375,6 +378,58 @@ def test_a_shelf_that_becomes_a_registry_loses_nothing(tmp_path: Path) -> None:
         ]
 
     play(tmp_path, scene)
+
+
+class Mounted(Disk):
+    """Of a file server that has been started again, and has forgotten what was open."""
+
+    stale = True
+
+    def make(self, folder: Path) -> None:
+        if self.stale:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(folder))
+        super().make(folder)
+
+
+def test_a_shared_folder_that_is_away_for_a_moment(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        disk = Mounted()
+        stage.publisher._shelf = Shelf(tmp_path / "shelf", tmp_path / "shelf", disk)
+        stage.promote(1)
+        assert not await stage.settle()
+        assert "the server that it is mounted from" in stage.publisher.faults["mail@prod"]
+        disk.stale = False
+        assert await stage.settle()
+
+    play(tmp_path, scene)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[{"id": ["x"]}], [{"id": {"a": 1}}, 7, None], [{"id": BASE, "root": [], "parent": ["y"]}]],
+)
+def test_a_list_of_models_that_makes_no_sense_ends_nobody(tmp_path: Path, rows: Any) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.promote(1)
+        assert await stage.settle()
+        stage.servers[0].strange = rows
+        assert not await stage.settle()
+        stage.servers[0].strange = None
+        assert await stage.settle(2)
+
+    play(tmp_path, scene)
+
+
+@pytest.mark.parametrize("text", [7, ["w"], {"a": "w"}])
+def test_an_answer_that_is_no_text_is_none(tmp_path: Path, text: Any) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.promote(1)
+        stage.servers[0].says = text
+        assert not await stage.settle()
+        assert "what is no text" in str(stage.publisher.faults)
+        assert not stage.routes.aliases()
+
+    play(tmp_path, scene, canaries=[Canary(text="hi", matches="w")])
 
 
 def test_no_server_at_all(tmp_path: Path) -> None:
