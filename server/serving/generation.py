@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 VERSION_HEADER = "x-adapter-version"
 _OPENERS = 4
 """Versions that are verified at once."""
+_LARGE = 2**16  # bytes
 T = TypeVar("T")
 Asked = CompletionRequest | ChatRequest
 
@@ -95,7 +96,7 @@ class Generation(Response):
     async def _answer(self, request: Request, key: ApiKey, place: Place, send: Send) -> None:
         front = self._front
         body = await read_json_body(request, front.largest_body, front.body_seconds)
-        asked: Asked = parse(self._kind, body)
+        asked: Asked = await _parsed(self._kind, body)
         place.take(asked.answers)
         prompts, echoed = await asyncio.to_thread(self._read, asked)
         lease = front.catalogue.ready(asked.model)
@@ -122,8 +123,8 @@ class Generation(Response):
         """`n` of each prompt, in the order of the answer's choices."""
         most = self._front.engine.max_length
         return [
-            Job(tuple(prompt), sampling, model, tenant)
-            for prompt in prompts
+            Job(prompt, sampling, model, tenant)
+            for prompt in map(tuple, prompts)  # one for all of its answers
             for sampling in asked.samplings(most - len(prompt))
         ]
 
@@ -144,6 +145,13 @@ class Generation(Response):
         if isinstance(asked, ChatRequest):
             return ChatAnswer(asked, prompts, model, vocabulary)
         return CompletionAnswer(asked, prompts, model, vocabulary, echoed)
+
+
+async def _parsed(kind: type[CompletionRequest] | type[ChatRequest], body: bytes) -> Asked:
+    """Of a large body on another thread: everybody's streams would stand still meanwhile."""
+    if len(body) <= _LARGE:
+        return parse(kind, body)
+    return await asyncio.to_thread(parse, kind, body)
 
 
 async def _whole(exchange: Exchange, answer: Answer) -> dict[str, Any]:
