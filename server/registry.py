@@ -35,7 +35,7 @@ from ..peft_adapters.blueprint import Blueprint
 from ..peft_adapters.signed_adapter import Limits, SignedAdapter, Verified
 from ..store import Disk
 from .registry_changes import Changes, refuse_bound_elsewhere
-from .registry_database import Database
+from .registry_database import DATABASE, Database
 from .registry_folders import VersionFolders
 from .registry_gates import Checked, Gate, Verdict
 from .registry_gc import Collected, Retention, collect
@@ -44,9 +44,8 @@ from .registry_names import PROD, Reference, adapter_name, alias_name
 from .registry_opened import Opened
 from .registry_rows import Alias, Entry, Rows, Version
 
-__all__ = ["Alias", "Entry", "Registry", "Version", "default_folder", "is_registry"]
+__all__ = ["Alias", "Entry", "Registry", "Version", "default_folder"]
 
-_DATABASE = "registry.db"
 _UNUSABLE = (AdapterError, FormatError, IdentityError, RegistryError)
 """What is wrong with a version itself, and not with the disk."""
 _RESTORE = "restore the registry's folder from a copy"
@@ -57,11 +56,6 @@ Named = str | Reference | Version
 def default_folder() -> Path:
     """Where this user's registry is: beside the key.  IdentityError where there is no home."""
     return default_path().parent / "registry"
-
-
-def is_registry(folder: Path) -> bool:
-    """Whether a registry lies in a folder."""
-    return (folder / _DATABASE).is_file()
 
 
 class Registry(Closeable):
@@ -77,7 +71,7 @@ class Registry(Closeable):
         self._folders = VersionFolders(folder / "versions", disk, limits)
         self._leases = Leases(folder / "leases")
         with self._turn():
-            self._database = Database(folder / _DATABASE, who, disk, clock)
+            self._database = Database(folder / DATABASE, who, disk, clock)
             try:
                 self._folders.sweep()
             except BaseException:

@@ -22,7 +22,8 @@ from ..peft_adapters.signed_adapter import Limits
 from ..store import Disk
 from .canaries import Canary
 from .model_routes import DIGITS, ModelRoutes, Served, names_of
-from .registry import Registry, is_registry
+from .registry import Registry
+from .registry_database import is_registry
 from .registry_folders import VersionFolders
 from .registry_names import Reference
 from .vllm_replica import Replica
@@ -207,7 +208,10 @@ class Publisher:
                 try:
                     await self._provide(replica, served)
                 except (ReplicaError, AdapterError) as error:
-                    faults[f"{replica.url} {name}"] = str(error)
+                    about = f"{replica.url} {name}"
+                    faults[about] = str(error)
+                    if self._faults.get(about) != str(error):  # its copy may be damaged: once more
+                        self._shelved.discard(served.version.id)
             await self._drop(replica)
         except ReplicaError as error:
             faults[replica.url] = str(error)

@@ -28,7 +28,8 @@ from ...peft_adapters.base_model import (
     sites,
 )
 from ...peft_adapters.blueprint import Blueprint
-from ..registry import Registry, default_folder, is_registry
+from ..registry import Registry, default_folder
+from ..registry_database import is_registry
 from .catalogue import Catalogue
 from .chat_prompt import Prompts
 from .cuda_recorder import check_recording

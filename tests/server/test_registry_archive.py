@@ -216,6 +216,29 @@ def test_what_is_no_archive(there: Registry, tmp_path: Path) -> None:
             import_versions(there, tmp_path / "junk.tar")
 
 
+def raw_header(kind: bytes, size: int) -> bytes:
+    """A header that no library writes, with its sum."""
+    header = bytearray(tarfile.TarInfo(INDEX).tobuf(tarfile.GNU_FORMAT))
+    first = b"\x80" if size >= 0 else b"\xff"
+    header[124:136] = first + (size % 256**11).to_bytes(11, "big")
+    header[156:157], header[148:156] = kind, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+@pytest.mark.parametrize("kind", [b"0", b"L", b"K", b"S", b"x", b"X", b"g", b"5", b"N"])
+@pytest.mark.parametrize("size", [-512, -1, 2**40, 2**63 - 1, 2**80], ids=str)
+def test_a_header_that_asks_for_more_memory_than_there_is(
+    there: Registry, tmp_path: Path, kind: bytes, size: int
+) -> None:
+    """A few bytes may say that a name of 2^40 follows."""
+    archive = tmp_path / "a.tar"
+    archive.write_bytes(raw_header(kind, size) + bytes(4 * 512))
+    with pytest.raises(FormatError):
+        import_versions(there, archive)
+    assert unchanged(there)
+
+
 def test_an_export_that_is_stopped_leaves_no_archive(here: Registry, tmp_path: Path) -> None:
     target = tmp_path / "out" / "a.tar"
     target.parent.mkdir()

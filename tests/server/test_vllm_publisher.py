@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fake_vllm import BASE
-from registries import adapter, place
+from registries import FILES, adapter, place
 from vllm_stage import Stage, name_of, said_by, staged
 
 from meadow.server.canaries import Canary
@@ -347,6 +347,23 @@ def test_a_shelf_that_was_emptied_is_filled_again(tmp_path: Path) -> None:
         await stage.servers[0].start()
         assert await stage.settle()
         assert stage.loaded() == [{name_of(1)}] * 2
+
+    play(tmp_path, scene)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_copy_that_lost_a_file_is_mended_once_a_server_cannot_load_it(
+    tmp_path: Path, name: str
+) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.promote(1)
+        await stage.settle()
+        (tmp_path / "shelf" / adapter(1).id / name).unlink()
+        await stage.servers[0].stop()
+        await stage.servers[0].start()
+        await stage.settle(3)
+        assert stage.loaded() == [{name_of(1)}] * 2
+        assert stage.publisher.faults == {}
 
     play(tmp_path, scene)
 
