@@ -63,6 +63,8 @@ class Front:
     """In which a body has to come."""
     head_seconds: float = 30.0
     """And what comes before it."""
+    read_seconds: float = 60.0
+    """In which a client has to read on, once all buffers are full of its answer."""
     connections: int = 768
     """The most that are open; systems often grant a process 1,024 files."""
     openers: ThreadPoolExecutor = field(
