@@ -83,6 +83,8 @@ async def _work(options: argparse.Namespace, keys: list[str]) -> dict[str, Any]:
     wanted = list(dict.fromkeys(Reference.parse(text) for text in options.names))
     canaries = read_canaries(options.canaries) if options.canaries else []
     folder, disk = options.folder.resolve(), Disk()
+    shelf = Shelf(folder / "versions", (options.mounted or folder) / "versions", disk)
+    shelf.check()
     disk.folder(folder)
     async with AsyncExitStack() as stack:
         stack.enter_context(locked(folder / "publisher.lock", "one publisher has one folder"))
@@ -91,7 +93,6 @@ async def _work(options: argparse.Namespace, keys: list[str]) -> dict[str, Any]:
         await stack.enter_async_context(session)
         key = _server_key(options)
         routes = ModelRoutes([Replica(url, session, key) for url in dict.fromkeys(options.url)])
-        shelf = Shelf(folder / "versions", (options.mounted or folder) / "versions", disk)
         patience = _ONCE_PATIENCE if options.once else _PATIENCE
         publisher = Publisher(
             *(_opener(options), wanted, routes, shelf, canaries, options.drain, patience),
@@ -127,24 +128,21 @@ async def _once(publisher: Any, poll: float) -> None:
 
 async def _listen(stack: AsyncExitStack, routes: Any, keys: list[str], address: str) -> str:
     """Answer clients until the stack is closed; the URL."""
-    from aiohttp import web
-
     from .server.model_gateway import ModelGateway
+    from .server.model_gateway_connections import listening
 
     host, port = _split(address)
-    hosts = None if keys else loopback_names(host)
-    app = ModelGateway(routes, keys, hosts).application()
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
+    gateway = ModelGateway(routes, keys, None if keys else loopback_names(host))
     try:
-        await web.TCPSite(runner, host, port).start()
+        _, port = await stack.enter_async_context(
+            listening(gateway.application(), gateway.connections, host, port)
+        )
     except OSError as error:
         raise ConfigError(
             f"cannot listen at {address}: {error.strerror or error}", "choose another --gateway"
         ) from error
     shown = f"[{host}]" if ":" in host else host
-    return f"http://{shown}:{runner.addresses[0][1]}"
+    return f"http://{shown}:{port}"
 
 
 def _ended() -> asyncio.Event:

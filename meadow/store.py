@@ -36,6 +36,12 @@ _FAULTS = {
     errno.ENOTDIR: "a file is in the way",
     errno.EEXIST: "a file is in the way",
     errno.EISDIR: "a folder is in the way",
+    errno.EMFILE: "this process has too many files open",
+    errno.ENFILE: "the system has too many files open",
+    errno.ESTALE: "the server that it is mounted from has another one now",
+    errno.ETIMEDOUT: "the server that it is mounted from does not answer",
+    errno.EHOSTDOWN: "the server that it is mounted from does not answer",
+    errno.ENOTCONN: "what it is mounted from is not connected",
 }
 _DATABASE_FAULTS = {
     sqlite3.SQLITE_FULL: "the disk is full",

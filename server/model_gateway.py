@@ -24,12 +24,15 @@ import aiohttp
 from aiohttp import web
 
 from ..loopback import without_port
+from .model_gateway_connections import Connections, most_connections
 from .model_routes import ModelRoutes, Target
 from .vllm_replica import Replica
 
 log = logging.getLogger(__name__)
 
 LARGEST_BODY = 8 * 2**20  # bytes
+_BODY_SECONDS = 30.0
+"""In which a body has to come."""
 VERSION_HEADER = "x-adapter-version"
 _FORWARDED = ("/v1/completions", "/v1/chat/completions")
 _LONGEST_NAME = 200
@@ -40,7 +43,7 @@ _PIECE = 2**16  # bytes
 _AS_IT_IS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
 """Answers are passed on with the length that their servers say."""
 _TYPES = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError",
-          405: "MethodNotAllowedError", 413: "RequestTooLargeError",
+          405: "MethodNotAllowedError", 408: "RequestTimeoutError", 413: "RequestTooLargeError",
           415: "UnsupportedMediaTypeError", 421: "MisdirectedRequestError",
           503: "ServiceUnavailableError"}  # fmt: skip
 
@@ -55,9 +58,15 @@ class ModelGateway:
     """
 
     def __init__(
-        self, routes: ModelRoutes, keys: Collection[str] = (), hosts: Collection[str] | None = None
+        self,
+        routes: ModelRoutes,
+        keys: Collection[str] = (),
+        hosts: Collection[str] | None = None,
+        body_seconds: float = _BODY_SECONDS,
     ) -> None:
         self._routes, self._keys, self._hosts = routes, [key.encode() for key in keys], hosts
+        self._body_seconds = body_seconds
+        self.connections = Connections(most_connections())
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[self._guarded], client_max_size=LARGEST_BODY)
@@ -76,7 +85,8 @@ class ModelGateway:
         if request.path != "/health" and not self._is_known(request):
             return refusal(401, "no valid API key was given")
         try:
-            return await handler(request)
+            with self.connections.busy(request.protocol):
+                return await handler(request)
         except web.HTTPRequestEntityTooLarge:
             return refusal(413, f"a request has at most {LARGEST_BODY} bytes")
         except web.HTTPException as error:
@@ -84,7 +94,8 @@ class ModelGateway:
 
     def _is_known(self, request: web.Request) -> bool:
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-        given = key.strip().encode() if scheme.lower() == "bearer" else b""
+        known = scheme.lower() == "bearer"
+        given = key.strip().encode(errors="surrogateescape") if known else b""
         return not self._keys or any(hmac.compare_digest(given, own) for own in self._keys)
 
     async def _health(self, request: web.Request) -> web.Response:
@@ -103,8 +114,12 @@ class ModelGateway:
         if request.content_type != "application/json":  # a web page may send other kinds unasked
             return refusal(415, "send the body as `Content-Type: application/json`")
         try:
-            body = json.loads(await request.read())
-        except (ValueError, RecursionError):
+            async with asyncio.timeout(self._body_seconds):
+                read = await request.read()
+            body = json.loads(read)
+        except TimeoutError:
+            return refusal(408, f"the body did not come in {self._body_seconds:g} s", close=True)
+        except (ValueError, RecursionError, web.RequestPayloadError):
             return refusal(400, "the body is not JSON")
         model = body.get("model") if isinstance(body, dict) else None
         if not isinstance(model, str):
@@ -203,11 +218,16 @@ def is_path(model: str) -> bool:
     return len(model) > _LONGEST_NAME or strange or empty
 
 
-def refusal(status: int, message: str, param: str | None = None) -> web.Response:
-    """An error in OpenAI's shape."""
+def refusal(
+    status: int, message: str, param: str | None = None, *, close: bool = False
+) -> web.Response:
+    """An error in OpenAI's shape; with `close`, the connection ends with it."""
     kind = _TYPES.get(status, "InvalidRequestError")
     error = {"message": message, "type": kind, "param": param, "code": status}
-    return web.json_response({"error": error}, status=status)
+    response = web.json_response({"error": error}, status=status)
+    if close:
+        response.force_close()
+    return response
 
 
 def _card(name: str, parent: str, version: str) -> dict[str, Any]:

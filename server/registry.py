@@ -35,7 +35,7 @@ from ..peft_adapters.blueprint import Blueprint
 from ..peft_adapters.signed_adapter import Limits, SignedAdapter, Verified
 from ..store import Disk
 from .registry_changes import Changes, refuse_bound_elsewhere
-from .registry_database import Database
+from .registry_database import DATABASE, Database
 from .registry_folders import VersionFolders
 from .registry_gates import Checked, Gate, Verdict
 from .registry_gc import Collected, Retention, collect
@@ -71,7 +71,7 @@ class Registry(Closeable):
         self._folders = VersionFolders(folder / "versions", disk, limits)
         self._leases = Leases(folder / "leases")
         with self._turn():
-            self._database = Database(folder / "registry.db", who, disk, clock)
+            self._database = Database(folder / DATABASE, who, disk, clock)
             try:
                 self._folders.sweep()
             except BaseException:

@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -28,6 +28,7 @@ from ..peft_adapters.safetensors_header import LARGEST_JSON
 from ..peft_adapters.signed_adapter import Limits, SignedAdapter
 from ..store import DRAFT, Disk, explained
 from .registry import Named, Registry
+from .registry_changes import refuse_bound_elsewhere
 from .registry_names import adapter_name
 from .registry_rows import Version
 
@@ -35,6 +36,10 @@ FORMAT = 1
 INDEX = "registry.json"
 
 _BLOCK = tarfile.BLOCKSIZE
+_READ_AT_ONCE = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.GNUTYPE_SPARSE,
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
 _LARGEST_INDEX = 2**24  # bytes
 _ANOTHER = "ask for the archive again"
 
@@ -137,15 +142,31 @@ def _place(id: str, name: str) -> str:
 
 
 def _verify_all(archive: _Archive, trusted: dict[str, Ed25519PublicKey]) -> None:
-    for _, files in archive.versions():
+    for names, files in archive.versions():
         try:
-            files.verify(trusted)
+            verified = files.verify(trusted)
         except IdentityError as error:
             keys = ", ".join(sorted(archive.index.keys)) or "none"
             raise IdentityError(
                 f"{files.origin}: {error.message}",
                 f"if the sender confirms a key's id, import with --trust; it brings {keys}",
             ) from error
+        for name in names:
+            refuse_bound_elsewhere(name, verified)
+
+
+class _Header(tarfile.TarInfo):
+    """Of a member that tarfile reads nothing of by itself.
+
+    Of others, long names say, it reads as many bytes as their headers say, whatever that is.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or header.type in _READ_AT_ONCE:
+            raise tarfile.ReadError("a header of a kind that no archive of ours has")
+        return header
 
 
 class _Archive:
@@ -160,7 +181,7 @@ class _Archive:
         if not self._file.is_file():
             raise StorageError(f"there is no archive {self._file}")
         try:
-            self._tar = tarfile.open(self._file, mode="r:")  # noqa: SIM115 - closed on exit
+            self._tar = tarfile.open(self._file, mode="r:", tarinfo=_Header)  # noqa: SIM115 - closed on exit
         except tarfile.TarError as error:
             raise self._refusal(f"is no whole archive: {error}") from error
         try:

@@ -34,14 +34,15 @@ class Changes:
     ) -> Version:
         """The version of a name with this content: the one there is, or one with a new number.
 
-        `written` says that its files were not there as they should be.
+        `written` says that its files were not there as they should be.  They are, and are not what
+        is noted here, where who wrote them died before this was done.
         """
         known = self.rows.of_id(name, files.id)
-        if known is None or written:
+        if known is None or written or known.manifest != files.manifest_digest:
             self._keep_content(files, verified)
-        if known is not None:
-            if written:
+            if known is not None:
                 self._tell("mended", name, after=files.id)
+        if known is not None:
             return self._live(name, files.id)
         query = (
             "INSERT INTO names VALUES (?, 1)"

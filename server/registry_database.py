@@ -21,8 +21,14 @@ from .registry_changes import Changes
 from .registry_rows import TABLES, Rows
 
 FORMAT = 1
+DATABASE = "registry.db"
 
 _T = TypeVar("_T")
+
+
+def is_registry(folder: Path) -> bool:
+    """Whether a registry lies in a folder."""
+    return (folder / DATABASE).is_file()
 
 
 class Database(Closeable):

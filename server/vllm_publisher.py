@@ -17,12 +17,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import AdapterError, MeadowError, ReplicaError
+from ..errors import AdapterError, ConfigError, MeadowError, ReplicaError
 from ..peft_adapters.signed_adapter import Limits
 from ..store import Disk
 from .canaries import Canary
 from .model_routes import DIGITS, ModelRoutes, Served, names_of
 from .registry import Registry
+from .registry_database import is_registry
 from .registry_folders import VersionFolders
 from .registry_names import Reference
 from .vllm_replica import Replica
@@ -35,7 +36,10 @@ _OURS = re.compile(rf"(?P<name>.+)@[0-9a-f]{{{DIGITS}}}")
 
 @dataclass(frozen=True)
 class Shelf:
-    """A folder of versions that the servers read; `mounted` is where they see it."""
+    """A folder of versions that the servers read; `mounted` is where they see it.
+
+    What nothing needs there is deleted, so that it must be no registry's own: `check`.
+    """
 
     folder: Path
     mounted: Path
@@ -45,8 +49,18 @@ class Shelf:
     def _versions(self) -> VersionFolders:
         return VersionFolders(self.folder, self.disk, Limits())
 
+    def check(self) -> None:
+        """Raise ConfigError where it is a registry's folder of versions."""
+        home = self.folder.resolve().parent
+        if is_registry(home):
+            raise ConfigError(
+                f"{home} is a registry: its versions would be deleted, but for the newest",
+                "give the servers' copies a folder of their own",
+            )
+
     def put(self, registry: Registry, served: Served) -> None:
         """A verified copy of a version, whole or not at all.  Raises MeadowError."""
+        self.check()
         self.disk.folder(self.folder)
         self._versions.put(registry.files(served.version))
 
@@ -58,9 +72,10 @@ class Shelf:
         return (self.folder / served.version.id).is_dir()
 
     def keep_only(self, needed: Callable[[str], bool]) -> None:
-        """Delete the copies whose ids nothing needs, and what was cut off.  Raises StorageError."""
+        """Delete the copies whose ids nothing needs, and what was cut off.  Raises MeadowError."""
         if not self.folder.exists():
             return
+        self.check()
         self._versions.sweep()
         for id in sorted(self._versions.ids()):
             if not needed(id):
@@ -193,7 +208,10 @@ class Publisher:
                 try:
                     await self._provide(replica, served)
                 except (ReplicaError, AdapterError) as error:
-                    faults[f"{replica.url} {name}"] = str(error)
+                    about = f"{replica.url} {name}"
+                    faults[about] = str(error)
+                    if self._faults.get(about) != str(error):  # its copy may be damaged: once more
+                        self._shelved.discard(served.version.id)
             await self._drop(replica)
         except ReplicaError as error:
             faults[replica.url] = str(error)

@@ -116,6 +116,8 @@ class Replica:
             raise ReplicaError(f"{self.url} answers {name} with no completion") from error
         if model != name or not isinstance(tokens, int) or tokens < 1:
             raise ReplicaError(f"{self.url} answers {name} with {tokens} tokens of {model!r}")
+        if not isinstance(text, str | None):
+            raise ReplicaError(f"{self.url} answers {name} with what is no text")
         return text or ""
 
     async def _complete(self, name: str, canary: Canary) -> Any:
@@ -172,13 +174,15 @@ class Replica:
 def _cards(answer: Any) -> dict[str, Card]:
     match answer:
         case {"data": [*rows]}:
-            found = {row.get("id"): row for row in rows if isinstance(row, dict)}
-            return {
-                name: Card(str(row.get("root")), row.get("parent"))
-                for name, row in found.items()
-                if isinstance(name, str)
-            }
+            return dict(card for row in rows for card in _card(row))
     raise ReplicaError("the list of models is none", "is a vLLM server at this address?")
+
+
+def _card(row: Any) -> Iterator[tuple[str, Card]]:
+    match row:
+        case {"id": str(name)}:
+            parent = row.get("parent")
+            yield name, Card(str(row.get("root")), None if parent is None else str(parent))
 
 
 def _parsed(data: bytes) -> Any:

@@ -1,8 +1,9 @@
 """Connections that keep their place only while they use it.
 
 uvicorn bounds how large a request's head may be, and how long a connection may be silent after an
-answer; not how long a head may take to come, nor how many connections there are.  Whoever opens
-many and says nothing, or a byte now and then, would take all that the system has to give.
+answer; not how long a head may take to come, nor an answer to be read, nor how many connections
+there are.  Whoever opens many and says nothing, or a byte now and then, or asks and does not read,
+would take all that the system has to give.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ class BoundedConnection(H11Protocol):
 
     head_seconds: ClassVar[float]
     """In which a head has to come, once its connection is open or its first byte is there."""
+    read_seconds: ClassVar[float]
+    """In which a client has to read some of an answer, once all buffers are full of it."""
     most: ClassVar[int]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._due: asyncio.TimerHandle | None = None
+        self._stuck: asyncio.TimerHandle | None = None
         self._idle_since = self.loop.time()
 
     @property
@@ -53,8 +57,17 @@ class BoundedConnection(H11Protocol):
         self._idle_since = self.loop.time()
         super().on_response_complete()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._wait_for_reader()
+
+    def resume_writing(self) -> None:
+        self._stop_watching_reader()
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._stop_watching_reader()
         super().connection_lost(exc)
 
     def _wait_for_head(self) -> None:
@@ -71,6 +84,21 @@ class BoundedConnection(H11Protocol):
         if self.idle:
             self.transport.abort()
 
+    def _wait_for_reader(self) -> None:
+        left = self.transport.get_write_buffer_size()  # bytes, of which none are added meanwhile
+        self._stuck = self.loop.call_later(self.read_seconds, self._look_at_reader, left)
+
+    def _look_at_reader(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() < before:
+            self._wait_for_reader()
+        else:
+            self.transport.abort()
+
+    def _stop_watching_reader(self) -> None:
+        if self._stuck is not None:
+            self._stuck.cancel()
+            self._stuck = None
+
     def _make_room(self) -> None:
         others = (one for one in self.connections if isinstance(one, BoundedConnection))
         idle = [one for one in others if one.idle and not one.transport.is_closing()]
@@ -82,6 +110,7 @@ class BoundedConnection(H11Protocol):
             self.transport.close()
 
 
-def bounded(head_seconds: float, most: int) -> type[BoundedConnection]:
+def bounded(head_seconds: float, read_seconds: float, most: int) -> type[BoundedConnection]:
     """What uvicorn makes of each connection under these bounds."""
-    return type("Bounded", (BoundedConnection,), {"head_seconds": head_seconds, "most": most})
+    bounds = {"head_seconds": head_seconds, "read_seconds": read_seconds, "most": most}
+    return type("Bounded", (BoundedConnection,), bounds)

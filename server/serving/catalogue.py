@@ -218,7 +218,7 @@ class Catalogue(Closeable):
             version = alias.version
             self._versions.take(version)
         except _UNUSABLE as error:
-            self._refuse(alias, error)
+            self._refuse(key, alias, error)
             version = self._earlier(registry, alias, error)
         with self._guard:
             self._targets.setdefault(key, alias)
@@ -236,9 +236,11 @@ class Catalogue(Closeable):
                 return version
         raise fault
 
-    def _refuse(self, alias: Alias, error: MeadowError) -> None:
+    def _refuse(self, key: _Key, alias: Alias, error: MeadowError) -> None:
+        """The next looks do not try again before the registry changes."""
         with self._guard:
             self._refused += 1
+        self._stays_out[key] = alias.revision
         _LOG.warning("%s of %s stays out: %s", alias.version, alias, error)
 
     # Watching the registry
@@ -307,8 +309,7 @@ class Catalogue(Closeable):
         try:
             self._versions.take(version, anew=True)
         except _UNUSABLE as error:
-            self._refuse(alias, error)
-            self._stays_out[key] = alias.revision
+            self._refuse(key, alias, error)
             return
         if self.warm is not None:
             self.warm(Served(version.name, f"v{version.number}", version.id, key[1]))

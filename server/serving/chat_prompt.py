@@ -94,6 +94,10 @@ class Prompts:
     def _checked(self, ids: list[int], param: str) -> list[int]:
         if not ids:
             raise ApiError(400, f"{param}: there is nothing to go on from", param)
+        if len(ids) > self._longest:
+            raise TooLongError(
+                f"{len(ids)} tokens of the prompt are more than {self._longest}", self._longest
+            )
         if max(ids) >= self._vocabulary:
             raise ApiError(
                 400, f"{param}: the model has {self._vocabulary} tokens, no {max(ids)}", param

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -83,8 +83,9 @@ class Engine(Closeable):
         )
         self._changed = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()  # what the engine's thread is to do
-        self._queued = 0  # requests that were taken and are not in `_stats` yet
-        self._arrived = 0  # of those, what the engine's thread has seen
+        self._waiting: Counter[str] = Counter()  # by tenant, requests as of `_stats`
+        self._queued: Counter[str] = Counter()  # that were taken and are not in `_stats` yet
+        self._arrived: Counter[str] = Counter()  # of those, what the engine's thread has seen
         self._open, self._stopping, self._busy = True, False, False
         self._ends = _ends(base)
         self._fault = ""  # why the engine cannot go on
@@ -114,8 +115,8 @@ class Engine(Closeable):
         self._check_length(job)
         request = LiveRequest(job, on_event, self._base.tokenizer, self._ends)
         with self._changed:
-            self._check_open()
-            self._queued += 1
+            self._check_open(job.tenant)
+            self._queued[job.tenant] += 1
             self._inbox.append(lambda: self._arrive(request))
             self._changed.notify_all()
         return Ticket(request, self._wake)
@@ -161,13 +162,20 @@ class Engine(Closeable):
                 "shorten the prompt or ask for fewer tokens",
             )
 
-    def _check_open(self) -> None:
+    def _check_open(self, tenant: str) -> None:
+        """A tenant who has a name leaves as much room as it takes, so that no other finds the queue
+        full: dynamic thresholds (Choudhury and Hahne, IEEE/ACM Trans. Netw. 6(2), 1998), alpha 1.
+        """
         if self._stopping:
             raise StoppedError(self._fault or "the server is ending and takes no new requests")
-        waiting = self._stats.waiting + self._queued
-        if waiting >= self.options.max_waiting:
+        waiting = self._stats.waiting + self._queued.total()
+        own, room = self._waiting[tenant] + self._queued[tenant], self.options.max_waiting - waiting
+        if room <= 0:
             seconds = self._pace.seconds(waiting)
             raise OverloadedError(f"{waiting} requests are waiting", seconds, "try again later")
+        if tenant and own > room:
+            seconds = self._pace.seconds(own)
+            raise OverloadedError(f"{own} of your requests wait", seconds, "try again later")
 
     def _is_idle(self) -> bool:
         return not (self._queued or self._stats.running or self._stats.waiting)
@@ -227,7 +235,7 @@ class Engine(Closeable):
 
     def _arrive(self, request: LiveRequest) -> None:
         self._batcher.arrive(request)
-        self._arrived += 1
+        self._arrived[request.tenant] += 1
 
     def _warmed(self, model: Served) -> None:
         self._batcher.warmed(model)
@@ -235,10 +243,10 @@ class Engine(Closeable):
             done.set()
 
     def _publish(self, busy: bool) -> None:
-        stats = snapshot(self._batcher)
+        stats, waiting = snapshot(self._batcher), Counter(r.tenant for r in self._batcher.waiting)
         with self._changed:
-            self._stats, self._busy = stats, busy
-            self._queued, self._arrived = self._queued - self._arrived, 0
+            self._stats, self._waiting, self._busy = stats, waiting, busy
+            self._queued, self._arrived = self._queued - self._arrived, Counter()
             self._changed.notify_all()
 
     def _break_down(self, error: str) -> None:

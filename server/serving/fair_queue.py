@@ -3,8 +3,8 @@
 Each tenant's counter grows by what it was served: 1 for a token of its prompts, 2 for a generated
 one.  The tenant with the smallest counter goes first, so that of two that always have something
 waiting neither gets ahead by more than a bounded amount, however much more one of them asks for.
-A tenant that comes back from a pause is lifted to the least of those that wait: it cannot have
-saved up a turn.  Nobody waits while there is room.
+A tenant that comes back from a pause is lifted to the least of those that wait, or, where nobody
+does, to the one who waited last: it cannot have saved up a turn.  Nobody waits while there is room.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class FairQueue(Generic[R]):
     def __init__(self) -> None:
         self.served: dict[str, float] = {}
         self._queues: dict[str, deque[R]] = {}
+        self._last = ""  # the tenant whose request left the queue last, if any did
 
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
@@ -47,13 +48,17 @@ class FairQueue(Generic[R]):
         return (request for queue in self._queues.values() for request in queue)
 
     def arrive(self, request: R) -> None:
-        """Queue a request; a tenant without any is lifted to the least of those that have some."""
+        """Queue a request; a tenant without any is lifted first."""
         own, tenant = self._queues.setdefault(request.tenant, deque()), request.tenant
         served = self.served.setdefault(tenant, 0.0)
-        others = [self.served[name] for name, queue in self._queues.items() if queue]
-        if not own and others:
-            self.served[tenant] = max(served, min(others))
+        if not own:
+            self.served[tenant] = max(served, self._least())
         own.append(request)
+
+    def _least(self) -> float:
+        """What nobody begins below: an empty queue may well be a busy engine's."""
+        waiting = [self.served[name] for name, queue in self._queues.items() if queue]
+        return min(waiting, default=self.served.get(self._last, 0.0))
 
     def admit(self, fits: Callable[[R], bool]) -> Iterator[R]:
         """Requests to begin with now, in order; the first that does not fit ends it.
@@ -67,6 +72,7 @@ class FairQueue(Generic[R]):
                 return
             self._queues[tenant].popleft()
             self.served[tenant] += INPUT_WEIGHT * request.input_length
+            self._last = tenant
             yield request
 
     def drop(self) -> list[R]:

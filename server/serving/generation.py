@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 VERSION_HEADER = "x-adapter-version"
 _OPENERS = 4
 """Versions that are verified at once."""
+_LARGE = 2**16  # bytes
 T = TypeVar("T")
 Asked = CompletionRequest | ChatRequest
 
@@ -62,6 +63,8 @@ class Front:
     """In which a body has to come."""
     head_seconds: float = 30.0
     """And what comes before it."""
+    read_seconds: float = 60.0
+    """In which a client has to read on, once all buffers are full of its answer."""
     connections: int = 768
     """The most that are open; systems often grant a process 1,024 files."""
     openers: ThreadPoolExecutor = field(
@@ -95,7 +98,7 @@ class Generation(Response):
     async def _answer(self, request: Request, key: ApiKey, place: Place, send: Send) -> None:
         front = self._front
         body = await read_json_body(request, front.largest_body, front.body_seconds)
-        asked: Asked = parse(self._kind, body)
+        asked: Asked = await _parsed(self._kind, body)
         place.take(asked.answers)
         prompts, echoed = await asyncio.to_thread(self._read, asked)
         lease = front.catalogue.ready(asked.model)
@@ -122,8 +125,8 @@ class Generation(Response):
         """`n` of each prompt, in the order of the answer's choices."""
         most = self._front.engine.max_length
         return [
-            Job(tuple(prompt), sampling, model, tenant)
-            for prompt in prompts
+            Job(prompt, sampling, model, tenant)
+            for prompt in map(tuple, prompts)  # one for all of its answers
             for sampling in asked.samplings(most - len(prompt))
         ]
 
@@ -144,6 +147,13 @@ class Generation(Response):
         if isinstance(asked, ChatRequest):
             return ChatAnswer(asked, prompts, model, vocabulary)
         return CompletionAnswer(asked, prompts, model, vocabulary, echoed)
+
+
+async def _parsed(kind: type[CompletionRequest] | type[ChatRequest], body: bytes) -> Asked:
+    """Of a large body on another thread: everybody's streams would stand still meanwhile."""
+    if len(body) <= _LARGE:
+        return parse(kind, body)
+    return await asyncio.to_thread(parse, kind, body)
 
 
 async def _whole(exchange: Exchange, answer: Answer) -> dict[str, Any]:

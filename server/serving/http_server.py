@@ -38,7 +38,7 @@ class HttpServer(uvicorn.Server):
                 lifespan="off",
                 ws="none",
                 # h11 bounds what comes before a body; httptools takes headers of any size
-                http=bounded(front.head_seconds, front.connections),
+                http=bounded(front.head_seconds, front.read_seconds, front.connections),
                 log_config=None,
                 access_log=False,
                 server_header=False,

@@ -9,7 +9,15 @@ import difflib
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import from_json
 
 from .openai_errors import ApiError
@@ -18,6 +26,7 @@ from .requests import Sampling
 MOST_CHOICES = 128
 """Answers to one request: prompts times `n`."""
 MOST_ALTERNATIVES = 20
+_TOO_MANY = f"prompts times n, at most {MOST_CHOICES}"
 _MOST_STOPS, _LONGEST_STOP = 16, 512
 _COMPLETION_TOKENS = 16
 """OpenAI's default for /v1/completions."""
@@ -60,6 +69,8 @@ def _prompts(value: Any) -> Any:
         prompts = []
     if prompts and all(type(part) is int for part in prompts):
         prompts = [prompts]
+    if len(prompts) > MOST_CHOICES:  # before each is looked at: a body holds a million of them
+        raise ValueError(_TOO_MANY)
     texts = all(isinstance(part, str) for part in prompts)
     if not prompts or not (texts or all(_are_ids(part) for part in prompts)):
         raise ValueError("a string, a list of strings, a list of token ids, or a list of those")
@@ -171,7 +182,7 @@ class _Request(_Body):
 class CompletionRequest(_Request):
     """The body of /v1/completions."""
 
-    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
+    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts)]
     max_tokens: int | None = Field(None, ge=0, lt=2**31)
     logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
     echo: bool = False
@@ -184,7 +195,7 @@ class CompletionRequest(_Request):
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens: 0 would say nothing, unless with echo = true")
         if self.answers > MOST_CHOICES:
-            raise ValueError(f"prompt: prompts times n, at most {MOST_CHOICES}")
+            raise ValueError(f"prompt: {_TOO_MANY}")
         return self
 
     @property

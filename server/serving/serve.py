@@ -7,6 +7,7 @@ See `http_server` for the end.
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from ...peft_adapters.base_model import (
 from ...peft_adapters.blueprint import Blueprint
 from ...peft_adapters.peft_format import LARGEST_RANK
 from ..registry import Registry, default_folder
+from ..registry_database import is_registry
 from .catalogue import Catalogue
 from .chat_prompt import Prompts
 from .cuda_recorder import check_recording
@@ -89,7 +91,21 @@ def serve(options: ServeOptions, opened: Callable[[Opened], None]) -> bool:
             opened(Opened(_reached_at(listening), (base, *adapters)))
 
         server = HttpServer(front, options.drain_seconds, tell)
-        return asyncio.run(server.run_on(listening))
+        with left_alone():
+            return asyncio.run(server.run_on(listening))
+
+
+@contextmanager
+def left_alone() -> Iterator[None]:
+    """What is in memory now is not looked through by Python's collector of cycles until the block
+    ends.  A body of a million small lists has it look through everything several times, the
+    libraries' hundreds of thousands of objects included, while nobody is answered."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def check_exposure(options: ServeOptions) -> None:
@@ -183,7 +199,7 @@ def public_name(base: str) -> str:
 
 
 def _registry(folder: Path | None) -> Registry:
-    if folder is not None and not (folder / "registry.db").is_file():
+    if folder is not None and not is_registry(folder):
         raise ConfigError(f"{folder}: no registry there", "`meadow adapters publish` makes one")
     return Registry.open(folder or default_folder(), own_identity())
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...errors import MeadowError
+from ...errors import MeadowError, StorageError
 from .api_keys import SCOPES, ApiKey, Scope, key_digest, key_id, read_keys
 from .openai_errors import ApiError
 
@@ -120,9 +120,12 @@ class Tenants:
         try:
             if (now := _state(path)) == self._seen:
                 return
-            self._seen = now
             self._keys = {key.id: key for key in read_keys(path)}
+            self._seen = now
+        except StorageError as error:  # of this moment, perhaps: the next request tries again
+            log.error("the keys cannot be read: %s", error)
         except MeadowError as error:
+            self._seen = now
             log.error("the keys stay as they were: %s", error)
 
 

@@ -5,9 +5,10 @@ a model that is neither base nor loaded 404.  `/v1/models` shows paths.  The API
 alone: `/adapters` and `/invocations` are open.  What a model says is a function of the bytes that
 were at its path when it was loaded, so that an answer tells which version gave it.
 
-Faults: `slow` (seconds a load takes), `refuses` (status of a load), `mute` (no completion comes),
-`hangs` (answers nothing as long as it is set), `held` (streams stand still); who clears `adapters`
-makes it lose them, and `stop` and `start` are a restart on the same port, which loses them too.
+Faults: `strange` and `says` (nonsense), `slow` (seconds a load takes), `refuses` (status of a
+load), `mute` (no completion comes), `hangs` (answers nothing as long as it is set), `held` (streams
+stand still); who clears `adapters` makes it lose them, and `stop` and `start` are a restart on the
+same port, which loses them too.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ class FakeVllm:
     """Seconds between two words of a stream."""
     held: asyncio.Event | None = None
     """Streams stop after their first word until this is set."""
+    strange: Any = None
+    """What it lists as its models in place of what it has."""
+    says: Any = None
+    """And what it says in place of words."""
     adapters: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     """Path and weights by name."""
     log: list[tuple[str, str, Any]] = field(default_factory=list)
@@ -99,6 +104,8 @@ class FakeVllm:
         return answer
 
     async def _models(self, request: web.Request) -> web.Response:
+        if self.strange is not None:
+            return web.json_response({"object": "list", "data": self.strange})
         cards = [{"id": BASE, "object": "model", "root": "/models/tiny", "parent": None}]
         cards += [
             {"id": name, "object": "model", "root": path, "parent": BASE}
@@ -138,7 +145,7 @@ class FakeVllm:
         said = words_of(weights, prompt, body.get("max_tokens", 16))
         if body.get("stream"):
             return await self._stream(request, model, said)
-        text = "".join(said)
+        text = "".join(said) if self.says is None else self.says
         choice = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         usage = {"prompt_tokens": 1, "completion_tokens": len(said)}
         choices = [{"index": 0, **choice, "finish_reason": "length"}]

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from aiohttp import web
 from fake_vllm import KEY, FakeVllm, words_of
 from registries import adapter, open_registry
 
 from meadow.server.canaries import Canary
 from meadow.server.model_gateway import ModelGateway
+from meadow.server.model_gateway_connections import Connections, listening
 from meadow.server.model_routes import ModelRoutes
 from meadow.server.registry import Registry
 from meadow.server.registry_names import Reference
@@ -51,6 +51,7 @@ class Stage:
     said: list[str] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
     gateway: str = ""
+    connections: Connections = field(default_factory=lambda: Connections(0))
     headers: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,6 +103,7 @@ async def staged(
     hosts: Collection[str] | None = None,
     drain: float = 10.0,
     patience: float = 5.0,
+    body_seconds: float = 30.0,
 ) -> AsyncIterator[Stage]:
     async with AsyncExitStack() as stack:
         fakes = [await stack.enter_async_context(FakeVllm()) for _ in range(servers)]
@@ -118,15 +120,10 @@ async def staged(
 
         stage = Stage(root, fakes, registry, session, make)
         stack.push_async_callback(stage.close)
-        runner = web.AppRunner(
-            ModelGateway(stage.routes, keys, hosts).application(),
-            access_log=None,
-            handler_cancellation=True,
-            shutdown_timeout=0.1,
+        gateway = ModelGateway(stage.routes, keys, hosts, body_seconds)
+        stage.connections = gateway.connections
+        host, port = await stack.enter_async_context(
+            listening(gateway.application(), gateway.connections, "127.0.0.1", 0, 0.1)
         )
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        stage.gateway = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        stage.gateway = f"http://{host}:{port}"
         yield stage

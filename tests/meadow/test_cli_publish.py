@@ -98,6 +98,22 @@ def test_it_runs_follows_the_registry_and_ends_when_asked(home: Path) -> None:
     assert told == {"models": {"mail": name_of(2), "mail@prod": name_of(2)}, "faults": {}}
 
 
+def test_a_registry_is_no_folder_for_copies(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every version that no alias means would have been deleted from it."""
+    publish(home, 1)
+    publish(home, 2)
+    link = home / "link"
+    link.symlink_to(default_folder())
+    for folder in (default_folder(), link):
+        arguments = ["--url", "http://127.0.0.1:9", "--folder", str(folder), "--once", "mail"]
+        assert main(["publish", *arguments]) == 2
+        assert "is a registry" in capsys.readouterr().err
+    with Registry.open(default_folder(), own_identity()) as registry:
+        assert {registry.verify(one).id for one in registry.versions()} == {
+            adapter(number).id for number in (1, 2)
+        }
+
+
 def once(
     home: Path, capsys: pytest.CaptureFixture[str], *options: str
 ) -> tuple[int, str, set[str]]:

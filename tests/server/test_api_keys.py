@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hmac
 import json
 import os
@@ -129,6 +130,30 @@ def test_a_file_that_cannot_be_used_any_more_changes_nothing(
     path.unlink(missing_ok=True)
     add_key(path, "bob", ["inference"])
     assert refusal(tenants, key).status == 401
+
+
+def test_a_revocation_that_could_not_be_read_at_first_is_read_later(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a moment in which the process has no file left, say."""
+    ada, bob = (add_key(path, name, ["inference"]) for name in ("ada", "bob"))
+    tenants = Tenants(path)
+    revoke_key(path, "ada")
+    refused = 0
+
+    def out_of_files(path: Path) -> bytes:
+        nonlocal refused
+        refused += 1
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "read_bytes", out_of_files)
+        assert tenants.caller(f"Bearer {bob}", "inference").name == "bob"  # as well as it can
+        assert refused == 1
+    with pytest.raises(ApiError) as caught:
+        tenants.caller(f"Bearer {ada}", "inference")
+    assert caught.value.status == 401
+    assert tenants.caller(f"Bearer {bob}", "inference").name == "bob"
 
 
 def test_a_rate_is_a_bucket_that_fills_with_time(path: Path) -> None:

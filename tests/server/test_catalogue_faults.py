@@ -67,6 +67,26 @@ def test_a_version_that_does_not_verify_stays_out(
     assert "stays out" in caplog.text
 
 
+def test_a_refusal_counts_once_however_often_the_registry_is_looked_at(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(registry, 1)
+    damage(registry, add(registry, 2))
+    own, looks = registry.revision, 0
+
+    def revision() -> int:
+        nonlocal looks
+        looks += 1
+        return own()
+
+    monkeypatch.setattr(registry, "revision", revision)
+    with looking_at(registry) as catalogue:
+        assert meaning(catalogue, "a") == "a@v1"
+        before = looks
+        soon(lambda: looks > before + 3)
+        assert catalogue.health().refused == 1
+
+
 def test_without_a_version_that_verifies_there_is_an_error(registry: Registry) -> None:
     version = add(registry, 1)
     damage(registry, version)

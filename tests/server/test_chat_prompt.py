@@ -101,11 +101,20 @@ def test_what_is_too_long_whatever_its_tokens_are_is_not_even_read(nano: Any) ->
     """One caller's megabytes must not keep the others waiting."""
     longest = max(map(len, nano.get_vocab()))
     prompts = Prompts(nano, len(nano), 10)
-    assert prompts.of(completion("x" * 10 * longest))
+    with pytest.raises(TooLongError, match="tokens of the prompt are more than 10"):  # it is read
+        prompts.of(completion("x" * 10 * longest))
     for asked in (completion("x" * (10 * longest + 1)), chat(("user", "x" * 10**6))):
         with pytest.raises(TooLongError, match="more than 10 tokens") as caught:
             prompts.of(asked)
         assert caught.value.limit == 10
+
+
+def test_token_ids_are_counted_before_anything_is_made_of_them(nano: Any) -> None:
+    prompts = Prompts(nano, len(nano), 10)
+    assert prompts.of(completion([7] * 10)) == [[7] * 10]
+    with pytest.raises(TooLongError, match="11 tokens of the prompt are more than 10") as caught:
+        prompts.of(completion([7] * 11))
+    assert caught.value.limit == 10
 
 
 def test_echo_repeats_a_text_as_it_was_and_ids_as_they_read(nano: Any) -> None:

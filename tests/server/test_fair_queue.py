@@ -103,12 +103,40 @@ def test_a_pause_saves_up_no_turns() -> None:
     assert queue.served["a"] == 500.0  # it waits already
 
 
-def test_who_only_runs_lifts_nobody() -> None:
+def test_who_comes_when_nobody_waits_is_lifted_to_who_waited_last() -> None:
+    """Algorithm 2 of the paper, lines 6 to 8."""
     machine = Machine(1)
     machine.queue.arrive(Request("runs", 50, 50))
     machine.step()
     machine.queue.arrive(Request("new", 1, 1))
-    assert machine.queue.served == {"runs": 52.0, "new": 0.0}
+    assert machine.queue.served == {"runs": 52.0, "new": 52.0}
+    machine.queue.served["late"] = 70.0
+    list(machine.queue.admit(lambda _: True))
+    machine.queue.arrive(Request("late", 1, 1))
+    assert machine.queue.served["late"] == 70.0  # nobody is set back
+
+
+def test_a_newcomers_flood_does_not_make_up_for_hours_in_which_it_was_away() -> None:
+    """One who keeps all rows busy leaves the queue empty again and again; whoever comes then has
+    no claim to all that this one was ever served."""
+    machine = Machine(2)
+
+    def go_on(steps: int) -> None:
+        for _ in range(steps):
+            while len(machine.running) + len(machine.queue) < 2:
+                machine.queue.arrive(Request("steady", 5, 10))
+            machine.step()
+
+    go_on(500)
+    machine.service.clear()
+    for _ in range(200):
+        machine.queue.arrive(Request("flood", 5, 10))
+    for _ in range(100):
+        if not any(request.tenant == "steady" for request in machine.queue):
+            machine.queue.arrive(Request("steady", 5, 10))
+        machine.step()
+    bound = 2 * OUTPUT_WEIGHT * 2 * 15
+    assert abs(machine.service["steady"] - machine.service["flood"]) <= bound
 
 
 @settings(max_examples=100, deadline=None)

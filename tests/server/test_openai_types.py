@@ -10,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meadow.server.serving.openai_errors import ApiError
-from meadow.server.serving.openai_types import ChatRequest, CompletionRequest, parse
+from meadow.server.serving.openai_types import (
+    MOST_CHOICES,
+    ChatRequest,
+    CompletionRequest,
+    parse,
+)
 
 COMPLETION = {"model": "m", "prompt": "say a"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -50,6 +55,13 @@ def test_a_prompt_has_four_forms(prompt: Any, expected: Any) -> None:
 def test_other_forms_are_refused(prompt: Any) -> None:
     error = refused(prompt=prompt)
     assert error.param == "prompt" and "a list of token ids" in error.message
+
+
+@pytest.mark.parametrize("one", ["a", [1], {}])
+def test_too_many_prompts_are_refused_before_each_is_looked_at(one: Any) -> None:
+    """A body of 4 MB holds a million: the loop stood still for seconds."""
+    error = refused(prompt=[one] * (MOST_CHOICES + 1))
+    assert (error.param, error.message) == ("prompt", "prompt: prompts times n, at most 128")
 
 
 def test_defaults_are_openais() -> None:

@@ -101,6 +101,19 @@ def test_all_or_nothing(here: Registry, there: Registry, tmp_path: Path) -> None
     assert unchanged(there) and there.trusted() == {}
 
 
+def test_a_name_that_an_archive_may_not_give_changes_nothing(
+    here: Registry, there: Registry, tmp_path: Path
+) -> None:
+    """Who packs an archive names its versions; a signer may have bound the last of them."""
+    publish_run(here, write_run(tmp_path / "run", 9, name="zoo"), "zoo")
+    export_versions(here, here.versions(), tmp_path / "a.tar")
+    (info, index), *parts = members(tmp_path / "a.tar")
+    forged = write(tmp_path / "b.tar", [(info, index.replace(b'"zoo"', b'"spa"')), *parts])
+    with pytest.raises(RegistryError, match="to be published as 'zoo', not as 'spa'"):
+        import_versions(there, forged, trust=[ME.key_id])
+    assert unchanged(there) and set(there.trusted()) == {STRANGER.key_id}
+
+
 def test_nothing_is_exported_that_does_not_verify(here: Registry, tmp_path: Path) -> None:
     path = here.folder / "versions" / adapter(1).id / "adapter_config.json"
     path.write_bytes(b"{}")
@@ -201,6 +214,29 @@ def test_what_is_no_archive(there: Registry, tmp_path: Path) -> None:
         (tmp_path / "junk.tar").write_bytes(junk)
         with pytest.raises(FormatError):
             import_versions(there, tmp_path / "junk.tar")
+
+
+def raw_header(kind: bytes, size: int) -> bytes:
+    """A header that no library writes, with its sum."""
+    header = bytearray(tarfile.TarInfo(INDEX).tobuf(tarfile.GNU_FORMAT))
+    first = b"\x80" if size >= 0 else b"\xff"
+    header[124:136] = first + (size % 256**11).to_bytes(11, "big")
+    header[156:157], header[148:156] = kind, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+@pytest.mark.parametrize("kind", [b"0", b"L", b"K", b"S", b"x", b"X", b"g", b"5", b"N"])
+@pytest.mark.parametrize("size", [-512, -1, 2**40, 2**63 - 1, 2**80], ids=str)
+def test_a_header_that_asks_for_more_memory_than_there_is(
+    there: Registry, tmp_path: Path, kind: bytes, size: int
+) -> None:
+    """A few bytes may say that a name of 2^40 follows."""
+    archive = tmp_path / "a.tar"
+    archive.write_bytes(raw_header(kind, size) + bytes(4 * 512))
+    with pytest.raises(FormatError):
+        import_versions(there, archive)
+    assert unchanged(there)
 
 
 def test_an_export_that_is_stopped_leaves_no_archive(here: Registry, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ in each way that tests/helpers/faulty_disk.py knows, and started again.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,14 +15,15 @@ from pathlib import Path
 
 import pytest
 from crashes import interrupt, steps
-from faulty_disk import Faulty, Numbered
-from registries import FILES, STRANGER, Clock, adapter, open_registry
+from faulty_disk import Crash, Faulty, Numbered
+from registries import FILES, ME, STRANGER, Clock, adapter, open_registry, write_run
 
 from meadow.errors import RegistryError
 from meadow.peft_adapters.signed_adapter import SignedAdapter
 from meadow.server import registry_folders
 from meadow.server.registry import Registry
 from meadow.server.registry_gc import DAY, Retention
+from meadow.server.registry_runs import publish_run
 from meadow.store import Disk
 
 KEEP = Retention(history=1, days=0.0)
@@ -127,6 +129,35 @@ def try_all(tmp_path: Path, roots: Iterator[Path], way: str, stride: int) -> Non
     for at, root in zip(places[::stride], roots, strict=False):
         world = World()
         finish(interrupt(partial(work, world=world), Faulty(root, at, way)), world)
+
+
+class Dying(Disk):
+    """Ends before a commit, once it is told to."""
+
+    dies = False
+
+    def commit(self, database: sqlite3.Connection) -> None:
+        if self.dies:
+            raise Crash
+        super().commit(database)
+
+
+def test_a_manifest_that_was_exchanged_and_not_noted_is_noted_the_next_time(tmp_path: Path) -> None:
+    """The files are as they should be then, and nothing has to be written."""
+    run, disk = write_run(tmp_path / "run", 1, STRANGER), Dying()
+    with open_registry(tmp_path, disk=disk) as registry:
+        registry.trust(STRANGER.public)
+        registry.promote(registry.keep("mail", adapter(1)))
+        registry.distrust(ME.key_id)
+        disk.dies = True
+        with pytest.raises(Crash):
+            publish_run(registry, run, "mail")
+    with open_registry(tmp_path) as registry:
+        assert publish_run(registry, run, "mail").number == 1
+        assert registry.verify("mail").signers == (STRANGER.key_id,)
+        assert registry.changes()[-1].kind == "mended"
+        assert publish_run(registry, run, "mail") == registry.resolve("mail")
+        assert [entry.kind for entry in registry.changes()].count("mended") == 1
 
 
 @pytest.mark.parametrize("way", ["before", "after", "torn", "power", "full"])

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 from pathlib import Path
 
 import pytest
 
 from meadow.errors import ConfigError
-from meadow.server.serving.serve import ServeOptions, bound, check_exposure, public_name
+from meadow.server.serving.serve import (
+    ServeOptions,
+    bound,
+    check_exposure,
+    left_alone,
+    public_name,
+)
 
 
 @pytest.mark.parametrize(
@@ -49,3 +56,12 @@ def test_the_world_needs_keys_or_a_word(tmp_path: Path) -> None:
         check_exposure(ServeOptions(listen="0.0.0.0:1"))
     check_exposure(ServeOptions(listen="0.0.0.0:1", keys=tmp_path))
     check_exposure(ServeOptions(listen="0.0.0.0:1", open_to_all=True))
+
+
+def test_what_was_loaded_is_left_alone_while_the_server_answers() -> None:
+    kept = [[] for _ in range(1000)]  # type: ignore[var-annotated]
+    with left_alone():
+        assert gc.get_freeze_count() > len(kept)
+        assert not any(one is kept for one in gc.get_objects())
+    assert gc.get_freeze_count() == 0
+    assert any(one is kept for one in gc.get_objects())

@@ -14,7 +14,9 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from meadow.loopback import is_loopback, loopback_names
+from meadow.server.serving import generation
 from meadow.server.serving.api_keys import add_key
+from meadow.server.serving.openai_types import parse
 from meadow.server.serving.requests import Event, Finished, Job, Token
 
 COMPLETION = {"model": "news", "prompt": "say b"}
@@ -76,6 +78,29 @@ def test_prompts_times_n_in_order_each_counted_once(server: Server) -> None:
     assert [job.prompt for job in jobs] == [(0, 2), (0, 2), (0, 3, 4), (0, 3, 4)]
     assert [job.sampling.seed for job in jobs] == [5, 6, 5, 6]
     assert all(job.model == NEWS for job in jobs)
+
+
+def test_the_answers_to_a_prompt_share_its_tokens(server: Server) -> None:
+    """128 copies of a body's two million ids would be two gigabytes."""
+    complete(server, prompt="abc", n=3, max_tokens=1)
+    one, *others = server.engine.jobs[-3:]
+    assert [job.prompt is one.prompt for job in others] == [True, True]
+
+
+def test_a_large_body_is_read_while_others_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def watched(kind: Any, body: bytes) -> Any:
+        threads.append(threading.current_thread())
+        return parse(kind, body)
+
+    monkeypatch.setattr(generation, "parse", watched)
+    with served(scripted_front()) as server:
+        for padding in ("", " " * 2**16):
+            raw = json.dumps({**COMPLETION, "max_tokens": 1}) + padding
+            assert server.ask("/v1/completions", raw=raw.encode()).status == 200
+    loop, other = threads
+    assert other is not loop
 
 
 def test_prompts_of_token_ids_are_taken_as_they_are(server: Server) -> None:

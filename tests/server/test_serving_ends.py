@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from loopback_server import PATIENCE, Server
-from scripted_serving import ScriptedLease, scripted_front, served
+from scripted_serving import ScriptedLease, scripted_front, served, spelled
 
 from meadow.server.serving import http_server
 from meadow.server.serving.api_keys import add_key
@@ -304,6 +304,33 @@ def test_a_client_that_does_not_read_keeps_no_server_from_its_end(
         server.leave()
         server.join()
         assert server.finished is not stream  # whole answers are out of our hands
+        caller.hang_up()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_does_not_read_is_hung_up_on(stream: bool, tmp_path: Path) -> None:
+    """Else it kept its connection, its key's place and its version for ever."""
+    key = add_key(tmp_path / "keys.json", "ada", ["inference"], at_once=1)
+    with served(scripted_front(shouting, keys=tmp_path / "keys.json", read_seconds=0.2)) as server:
+        caller = Caller(server, {**LONG, "stream": stream}, key)
+        caller.until(b"aaaa")
+        eventually(lambda: not server.http.server_state.connections)
+        server.engine.script = spelled
+        eventually(lambda: server.ask("/v1/completions", LONG, key=key).status == 200)
+        caller.hang_up()
+
+
+@pytest.mark.long
+def test_a_client_that_reads_slowly_is_waited_for() -> None:
+    """A large answer may take longer than a reader may do nothing, and is whole."""
+    with served(scripted_front(shouting, read_seconds=2.0)) as server:
+        caller = Caller(server, {**LONG, "stream": False})
+        caller.until(b"aaaa")
+        for megabytes in range(1, 9):
+            time.sleep(0.5)
+            while len(caller.heard) < megabytes * 10**6:
+                caller.heard += caller.socket.recv(2**16)
+        assert caller.until(b'"finish_reason":"length"').count(b"a") > 16 * 10**6
         caller.hang_up()
 
 

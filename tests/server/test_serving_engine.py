@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -163,6 +164,26 @@ def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
         shelf.gate.set()
         assert all(isinstance(asked.last(), Finished) for asked in waiting)
         assert isinstance(Asked(engine, greedy(2), 1).last(), Finished)
+
+
+@pytest.mark.parametrize(
+    "taken", [{"flood": 7, "second": 3, "third": 2}, {"": 12}], ids=["keys", "no keys"]
+)
+def test_one_tenants_flood_leaves_others_places_in_the_queue(taken: dict[str, int]) -> None:
+    """Each takes as many as are left then; without keys there is nobody to leave any to."""
+    with opened(max_rows=1, max_waiting=12) as (engine, shelf):
+        shelf.gate.clear()  # nothing is loaded: all wait
+        found: Counter[str] = Counter()
+        for tenant in taken:
+            with pytest.raises(OverloadedError) as caught:
+                while found[tenant] <= 12:
+                    Asked(engine, greedy(2), 1, tenant)
+                    found[tenant] += 1
+            assert 1 <= caught.value.retry_after <= 60
+        shelf.gate.set()
+        assert found == taken
+        assert engine.drain(PATIENCE)
+        assert engine.stats().finished == {"length": 12}
 
 
 def test_too_long_is_refused_with_the_limit() -> None:

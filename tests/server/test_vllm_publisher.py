@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -10,10 +12,12 @@ from typing import Any
 
 import pytest
 from fake_vllm import BASE
-from registries import adapter, place
+from registries import FILES, adapter, place
 from vllm_stage import Stage, name_of, said_by, staged
 
 from meadow.server.canaries import Canary
+from meadow.server.vllm_publisher import Shelf
+from meadow.store import Disk
 
 Play = Callable[[Stage], Awaitable[None]]
 
@@ -347,6 +351,23 @@ def test_a_shelf_that_was_emptied_is_filled_again(tmp_path: Path) -> None:
     play(tmp_path, scene)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_copy_that_lost_a_file_is_mended_once_a_server_cannot_load_it(
+    tmp_path: Path, name: str
+) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.promote(1)
+        await stage.settle()
+        (tmp_path / "shelf" / adapter(1).id / name).unlink()
+        await stage.servers[0].stop()
+        await stage.servers[0].start()
+        await stage.settle(3)
+        assert stage.loaded() == [{name_of(1)}] * 2
+        assert stage.publisher.faults == {}
+
+    play(tmp_path, scene)
+
+
 def test_a_copy_that_was_cut_off_is_cleared_away(tmp_path: Path) -> None:
     async def scene(stage: Stage) -> None:
         draft = tmp_path / "shelf" / (adapter(7).id + ".draft")
@@ -357,6 +378,75 @@ def test_a_copy_that_was_cut_off_is_cleared_away(tmp_path: Path) -> None:
         assert [path.name for path in (tmp_path / "shelf").iterdir()] == [adapter(1).id]
 
     play(tmp_path, scene)
+
+
+def test_a_shelf_that_becomes_a_registry_loses_nothing(tmp_path: Path) -> None:
+    """Copies that nothing needs are deleted; a registry's versions are no copies."""
+
+    async def scene(stage: Stage) -> None:
+        versions = tmp_path / "registry" / "versions"
+        stage.publisher._shelf = Shelf(versions, versions, Disk())
+        for number in (1, 2, 3):
+            stage.promote(number)
+        assert not await stage.settle()
+        assert f"{tmp_path / 'registry'} is a registry" in str(stage.publisher.faults["shelf"])
+        assert [stage.registry.verify(f"mail@v{number}").id for number in (1, 2, 3)] == [
+            adapter(number).id for number in (1, 2, 3)
+        ]
+
+    play(tmp_path, scene)
+
+
+class Mounted(Disk):
+    """Of a file server that has been started again, and has forgotten what was open."""
+
+    stale = True
+
+    def make(self, folder: Path) -> None:
+        if self.stale:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(folder))
+        super().make(folder)
+
+
+def test_a_shared_folder_that_is_away_for_a_moment(tmp_path: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        disk = Mounted()
+        stage.publisher._shelf = Shelf(tmp_path / "shelf", tmp_path / "shelf", disk)
+        stage.promote(1)
+        assert not await stage.settle()
+        assert "the server that it is mounted from" in stage.publisher.faults["mail@prod"]
+        disk.stale = False
+        assert await stage.settle()
+
+    play(tmp_path, scene)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[{"id": ["x"]}], [{"id": {"a": 1}}, 7, None], [{"id": BASE, "root": [], "parent": ["y"]}]],
+)
+def test_a_list_of_models_that_makes_no_sense_ends_nobody(tmp_path: Path, rows: Any) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.promote(1)
+        assert await stage.settle()
+        stage.servers[0].strange = rows
+        assert not await stage.settle()
+        stage.servers[0].strange = None
+        assert await stage.settle(2)
+
+    play(tmp_path, scene)
+
+
+@pytest.mark.parametrize("text", [7, ["w"], {"a": "w"}])
+def test_an_answer_that_is_no_text_is_none(tmp_path: Path, text: Any) -> None:
+    async def scene(stage: Stage) -> None:
+        stage.promote(1)
+        stage.servers[0].says = text
+        assert not await stage.settle()
+        assert "what is no text" in str(stage.publisher.faults)
+        assert not stage.routes.aliases()
+
+    play(tmp_path, scene, canaries=[Canary(text="hi", matches="w")])
 
 
 def test_no_server_at_all(tmp_path: Path) -> None:
