@@ -6,6 +6,7 @@ would take longer on the host than a step of the model.  Only the tokens leave i
 
 from __future__ import annotations
 
+import random
 import secrets
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -22,8 +23,8 @@ from transformers import (
 
 from .requests import Sampling
 
-_SEEDS = 2**63
-_CHANCES = 2**48  # so that one of them times a sum in float64 stays below the sum
+_SEEDS = 2**64
+_CHANCES = 2**48  # so that a chance times a sum in float64 stays below the sum
 _COLDEST = 1e-5
 """A temperature at which the likeliest token is as good as certain.  Quotients by much less leave
 float32's range."""
@@ -45,12 +46,12 @@ class Chooser:
         self.rules: Rules | None = None  # None: the likeliest token
         if sampling.temperature != 0:
             seed = secrets.randbelow(_SEEDS) if sampling.seed is None else sampling.seed
-            self._random = torch.Generator().manual_seed(seed % _SEEDS)
+            self._random = random.Random(seed % _SEEDS)  # torch's would read 32 bits of it
             self.rules = Rules(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
 
     def chance(self) -> float:
         """The next of its random numbers, in [0, 1)."""
-        return int(torch.randint(_CHANCES, (), generator=self._random)) / _CHANCES
+        return self._random.randrange(_CHANCES) / _CHANCES
 
 
 def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[int | None]:

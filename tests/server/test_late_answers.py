@@ -209,6 +209,7 @@ def test_who_withdraws_takes_late_answers_along(tmp_path: Path) -> None:
 
 # --- restarts ------------------------------------------------------------------------------------
 
+RARER = [pytest.param(way, marks=pytest.mark.long) for way in ("before", "after", "full")]
 DELAYS = {("eve", 1): 1, ("ada", 1): 2, ("bob", 2): 2, ("eve", 2): 3}
 COUNTED = [
     of(1, "bob"),
@@ -222,7 +223,7 @@ def program(people: Slow) -> Callable[[Path, Disk], Any]:
     return lambda root, disk: run(root / "run", people, 2, disk=disk)
 
 
-@pytest.mark.parametrize("way", ["before", "after", "torn", "power", "full"])
+@pytest.mark.parametrize("way", ["torn", "power", *RARER])
 def test_a_coordinator_that_is_ended_anywhere_ends_with_the_same_bits(
     tmp_path: Path, roots: Iterator[Path], way: str
 ) -> None:

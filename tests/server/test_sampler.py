@@ -57,6 +57,11 @@ def test_any_integer_is_a_seed_and_fixes_the_tokens(seed: int) -> None:
     assert runs[0] == runs[1]
 
 
+def test_every_bit_of_a_seed_counts() -> None:
+    seeds = {0, *(1 << bit for bit in range(63))}
+    assert len({Chooser(Sampling(1, seed=seed)).chance() for seed in seeds}) == len(seeds)
+
+
 def test_without_a_seed_no_two_requests_draw_alike() -> None:
     choosers = [Chooser(Sampling(1, temperature=5.0)) for _ in range(2)]
     one, other = ([draw(chooser) for _ in range(64)] for chooser in choosers)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from meadow.simulation.gossip_bench import convergence
 
 
+@pytest.mark.long
 def test_a_hundred_peers_end_with_equal_hashes() -> None:
     done = convergence(peers=100, records=60, fanout=3, seed=1)
     assert len(done.state_ids) == 100 and len(set(done.state_ids)) == 1

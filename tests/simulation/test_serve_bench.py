@@ -18,6 +18,7 @@ SHAPE = Shape(32, 48, 1, 2, vocabulary=128, length=128)
 SMALL = Size(SHAPE, SHAPE, repeats=1, swaps=6, adapters=12, requests=30)
 
 
+@pytest.mark.long
 def test_every_case_is_measured_and_nothing_fails(tmp_path: Path) -> None:
     phases: list[str] = []
     report, page = run(BenchRequest("serve", tmp_path, phases.append), SMALL)
