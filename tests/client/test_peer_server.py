@@ -401,13 +401,19 @@ def test_a_server_starts_again_where_it_was() -> None:
 
 def test_stopping_lets_calls_end_and_takes_no_more() -> None:
     gate = Gate()
-    with running(ada := Node(1, gate), bob := Node(2)), ThreadPoolExecutor(3) as threads:
+    ada, bob = Node(1, gate), Node(2, limits=PeerLimits(seconds=60.0))
+    eve = Node(3, limits=PeerLimits(seconds=0.5))
+
+    def turned_away() -> bool:
+        inside = len(gate.inside)  # where it waits who asks while ada is about to stop
+        return not answers(eve, ada) and len(gate.inside) == inside
+
+    with running(ada, bob, eve), ThreadPoolExecutor(3) as threads:
         call = threads.submit(bob.transport.call, ada.peer, "pull", b"")
         eventually(lambda: len(gate.inside) == 1)
-        stopping = threads.submit(ada.server.stop, 20.0)
-        eventually(lambda: not answers(bob, ada))
-        inside = len(gate.inside)  # who asked while it was about to stop may be among them
-        assert not answers(bob, ada) and len(gate.inside) == inside
+        stopping = threads.submit(ada.server.stop, 60.0)
+        eventually(turned_away)
+        assert turned_away() and not call.done()
         gate.open.set()
         stopping.result()
         assert call.result() == b"done"
