@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+_guard = threading.Lock()  # the choice is the process's: the last of its users gives it back
+_users, _before = 0, True
 
 
 @contextmanager
@@ -17,9 +21,16 @@ def any_length_at_once() -> Iterator[None]:
     texts that are generated grow by a token a step.  Plans are kept without bound, and for each
     thread.
     """
-    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    global _users, _before
+    with _guard:
+        if not _users:
+            _before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        _users += 1
     try:
         yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+        with _guard:
+            _users -= 1
+            if not _users:
+                torch.backends.cuda.enable_cudnn_sdp(_before)
