@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,3 +128,19 @@ async def staged(
         )
         stage.gateway = f"http://{host}:{port}"
         yield stage
+
+
+Play = Callable[[Stage], Awaitable[None]]
+
+
+def play(root: Path, scene: Play, **options: Any) -> None:
+    """A scene on a stage of its own, in which no adapter is ever loaded in place of another."""
+
+    async def whole() -> None:
+        async with staged(root, **options) as stage:
+            await scene(stage)
+            for server in stage.servers:
+                inplace = [body for _, _, body in server.log if body and "load_inplace" in body]
+                assert inplace == [], "never"
+
+    asyncio.run(whole())
